@@ -1,0 +1,76 @@
+"""What a pure protocol asks its driver to do. Effects are data; nothing here does anything.
+
+Interface rules:
+  - a protocol returns effects in order; a driver carries them out in order;
+  - a `Persist` must be durable before any later effect of the same list is carried out;
+  - `SetTimer` asks for one call of `tick(now_ms)` at `at_ms` or soon after; only the latest
+    `SetTimer` of a protocol counts, so a protocol always asks for its earliest deadline.
+
+Time is milliseconds as a float, from a clock of the driver's that never goes back. Pattern: h11's
+and etcd-raft's sans-IO cores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+import msgspec
+
+from manifold.vm.kid import Kid
+
+
+class Plane(Enum):
+    """Control never waits behind data: they are two sockets."""
+
+    CONTROL = "control"
+    DATA = "data"
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """One message to a node by KID, or to an address (`ipc://…`) whose KID is not known yet."""
+
+    to: str
+    message: msgspec.Struct
+    plane: Plane = Plane.CONTROL
+
+
+@dataclass(frozen=True, slots=True)
+class Persist:
+    """Replace the durable record `name` by `record`, atomically, synced to disk."""
+
+    name: str
+    record: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SetTimer:
+    at_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The answer to a request; `request` is the handle the driver passed in with it."""
+
+    request: int
+    message: msgspec.Struct
+
+
+@dataclass(frozen=True, slots=True)
+class Notify:
+    """Something other subsystems of this node, its log or its metrics want to know."""
+
+    event: Any
+
+
+Effect = Send | Persist | SetTimer | Reply | Notify
+
+
+class Machine(Protocol):
+    """The shape of every protocol: an event in, a list of effects out."""
+
+    def receive(self, source: Kid, message: Any, now_ms: float) -> list[Effect]: ...
+
+    def tick(self, now_ms: float) -> list[Effect]: ...
