@@ -1,0 +1,386 @@
+"""The bus: sealed, batched messages between nodes and clients over nng.
+
+Interface rules:
+  - one `Bus` per process, used from the thread of its event loop only, made after the last fork;
+  - `send` never blocks and never buffers without bound: a full queue is `Unavailable`;
+  - delivery is at most once: what was in flight when a connection broke may be lost, and the
+    protocol that owns a message retries it; `request` fails with `Maybe` at its deadline;
+  - everything queued to a peer within one tick of the loop leaves as one nng message.
+Invariants: B1 at most `DIALERS_MAX` peers are dialed at once; B2 no input raises out of the
+receive path: what does not decode or belong is counted per source and dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import msgspec
+import pynng
+
+from manifold.kernel.effects import Plane
+from manifold.kernel.errors import Maybe, PeerError, Unavailable
+from manifold.kernel.hyperbus import faults, sockets
+from manifold.kernel.hyperbus.door import Door
+from manifold.kernel.hyperbus.filter import CUT, Filter
+from manifold.kernel.hyperbus.frames import (
+    Outbox,
+    Reassembly,
+    decode_envelope,
+    decode_frame,
+    encode_envelope,
+)
+from manifold.kernel.hyperbus.messages import (
+    CLIENT_PREFIX,
+    REQUESTS_MAX,
+    Chunk,
+    Envelope,
+    Failure,
+    Frame,
+)
+from manifold.kernel.hyperbus.seal import Plain, Seal
+from manifold.kernel.limits import (
+    DIALERS_MAX,
+    DRAIN_FRAMES_MAX,
+    PEERS_MAX,
+)
+
+log = logging.getLogger("manifold.hyperbus")
+
+SOURCES_COUNTED_MAX = 4096  # distinct bad sources remembered
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A message as it arrived; `request` not 0 wants a reply, through `Bus.reply`."""
+
+    source: str
+    boot: int
+    body: Any
+    request: int
+    destination: str
+    plane: Plane
+
+
+@dataclass(slots=True)
+class _Line:
+    """One plane to one peer: its queue and, once needed, its socket."""
+
+    outbox: Outbox = field(default_factory=Outbox)
+    socket: pynng.Push0 | None = None
+    blocked: bool = False  # nng is full; `send_fd` tells when it is not
+
+
+@dataclass(slots=True)
+class _Peer:
+    lines: dict[Plane, _Line] = field(
+        default_factory=lambda: {Plane.CONTROL: _Line(), Plane.DATA: _Line()}
+    )
+
+
+class Bus:
+    """See the module. `vocabulary` is the tagged union of every body that is understood."""
+
+    def __init__(
+        self,
+        identity: str,
+        boot: int,
+        cluster: str,
+        vocabulary: Any,
+        on_message: Callable[[Incoming], None],
+        *,
+        alias: str = "",
+        seal: Seal | None = None,
+    ) -> None:
+        self.identity = identity
+        self.boot = boot
+        self.cluster = cluster
+        self.alias = alias
+        self.filter = Filter(Random(identity))
+        self.counters: Counter[str] = Counter()
+        self._decoder = msgspec.msgpack.Decoder(vocabulary)
+        self._on_message = on_message
+        self._seal: Seal = seal or Plain()
+        self._loop = asyncio.get_running_loop()
+        self._addresses: dict[str, str] = {}
+        self._peers: OrderedDict[str, _Peer] = OrderedDict()
+        self._dirty: dict[tuple[str, Plane], None] = {}
+        self._flush_wanted = False
+        self._requests: dict[int, tuple[asyncio.Future[Any], asyncio.TimerHandle, str]] = {}
+        self._next_request = 1
+        self._reassembly: dict[str, Reassembly] = {}
+        self._listeners: list[pynng.Pull0] = []
+        self._door: Door | None = None
+        self._closed = False
+
+    # -- where others are ---------------------------------------------------------------------
+
+    def listen(self, address: str) -> None:
+        """Serve the door and both planes at `address`."""
+        self._pull(sockets.puller(listen=sockets.url(address, Plane.CONTROL)), Plane.CONTROL)
+        self._pull(sockets.puller(listen=sockets.url(address, Plane.DATA)), Plane.DATA)
+        self._door = Door(self, address, self._loop)
+
+    def listen_client(self, address: str) -> None:
+        """Receive at `address` alone: what a client on the same host does."""
+        self._pull(sockets.puller(listen=sockets.url(address, Plane.CONTROL)), Plane.CONTROL)
+
+    def dial_reverse(self, reverse: str) -> None:
+        """Receive by dialing `reverse`: what a client that cannot be dialed does."""
+        self._pull(sockets.puller(dial=reverse), Plane.CONTROL)
+
+    def learn(self, peer: str, address: str) -> None:
+        """`peer` is reached at `address` from now on."""
+        if self._addresses.get(peer) == address or not address:
+            return
+        if len(self._addresses) >= PEERS_MAX:
+            raise Unavailable("Too many peers are known.", "Raise PEERS_MAX.")
+        self._addresses[peer] = address
+        self._hang_up(peer)
+
+    def learn_reverse(self, peer: str, listen: str) -> None:
+        """`peer` will dial us at `listen` and take both planes there."""
+        self._hang_up(peer)
+        entry = _Peer()
+        line = entry.lines[Plane.CONTROL]
+        line.socket = sockets.pusher(listen=listen)
+        entry.lines[Plane.DATA] = line
+        self._peers[peer] = entry
+        self._addresses[peer] = listen
+
+    def forget(self, peer: str) -> None:
+        """Drop what is queued to `peer` and everything known of it."""
+        self._addresses.pop(peer, None)
+        self._reassembly.pop(peer, None)
+        self._hang_up(peer)
+
+    def clients(self) -> list[tuple[str, str]]:
+        """Clients that listen for themselves, and where."""
+        return [(p, a) for p, a in self._addresses.items() if p.startswith(CLIENT_PREFIX)]
+
+    def knows(self, peer: str) -> bool:
+        return "://" in peer or peer in self._addresses
+
+    # -- sending ------------------------------------------------------------------------------
+
+    def send(
+        self,
+        to: str,
+        body: msgspec.Struct,
+        plane: Plane = Plane.CONTROL,
+        *,
+        request: int = 0,
+        reply_to: int = 0,
+        deadline_ms: float = 0.0,
+        destination: str = "",
+    ) -> None:
+        """Queue one message to a peer or an address; `Unavailable` where it cannot be queued."""
+        if self._closed:
+            raise Unavailable("The bus is closed.")
+        if not self.knows(to):
+            raise Unavailable(f"No address of {to} is known.", "It may not have joined yet.")
+        envelope = Envelope(msgspec.Raw(b""), request, reply_to, deadline_ms, destination)
+        self._line(to, plane).outbox.put(encode_envelope(body, envelope))
+        self._dirty[(to, plane)] = None
+        if not self._flush_wanted:
+            self._flush_wanted = True
+            self._loop.call_soon(self._flush)
+
+    def request(
+        self, to: str, body: msgspec.Struct, timeout_ms: float, *, destination: str = ""
+    ) -> asyncio.Future[Any]:
+        """Send and await the answer. Raises the peer's error, or `Maybe` at the deadline."""
+        if len(self._requests) >= REQUESTS_MAX:
+            raise Unavailable("Too many requests are in flight.", "Wait for some to end.")
+        number = self._next_request
+        self._next_request += 1
+        self.send(to, body, request=number, deadline_ms=timeout_ms, destination=destination)
+        future: asyncio.Future[Any] = self._loop.create_future()
+        timer = self._loop.call_later(timeout_ms / 1000, self._expire, number, to)
+        self._requests[number] = (future, timer, to)
+        future.add_done_callback(lambda _: self._settle(number))
+        return future
+
+    def reply(self, incoming: Incoming, body: msgspec.Struct) -> None:
+        """Answer a request; an answer that cannot be queued is counted: the asker will time out."""
+        if not incoming.request:
+            return
+        try:
+            self.send(incoming.source, body, incoming.plane, reply_to=incoming.request)
+        except Unavailable:
+            self.counters["replies_dropped"] += 1
+
+    def _settle(self, number: int) -> None:
+        entry = self._requests.pop(number, None)
+        if entry is not None:
+            entry[1].cancel()
+
+    def _expire(self, number: int, to: str) -> None:
+        future = self._requests[number][0]
+        if not future.done():
+            future.set_exception(
+                Maybe(f"No answer from {to} in time.", "It may or may not have been done: ask.")
+            )
+
+    def _line(self, to: str, plane: Plane) -> _Line:
+        peer = self._peers.get(to)
+        if peer is None:
+            while len(self._peers) >= DIALERS_MAX:  # B1
+                self._hang_up(next(iter(self._peers)))
+            peer = self._peers[to] = _Peer()
+        else:
+            self._peers.move_to_end(to)
+        return peer.lines[plane]
+
+    def _flush(self) -> None:
+        self._flush_wanted = False
+        dirty, self._dirty = self._dirty, {}
+        for to, plane in dirty:
+            peer = self._peers.get(to)
+            if peer is not None and not peer.lines[plane].blocked:
+                self._drain(to, plane, peer.lines[plane])
+
+    def _drain(self, to: str, plane: Plane, line: _Line) -> None:
+        if line.socket is None:
+            address = to if "://" in to else self._addresses[to]
+            line.socket = sockets.pusher(dial=sockets.url(address, plane))
+        while line.outbox.queue:
+            frame, count = line.outbox.take(self.cluster, self.identity, self.boot)
+            hold_ms = self.filter.outgoing_ms(to)
+            if hold_ms == CUT:
+                self.counters["frames_cut"] += 1
+            elif hold_ms > 0:
+                self._loop.call_later(hold_ms / 1000, self._send_late, to, plane, frame)
+            elif not self._send_now(to, plane, line, frame):
+                return
+            line.outbox.drop(count)
+
+    def _send_now(self, to: str, plane: Plane, line: _Line, frame: bytes) -> bool:
+        assert line.socket is not None
+        try:
+            line.socket.send(self._seal.seal(to, plane, frame), block=False)
+        except pynng.TryAgain:
+            line.blocked = True
+            self._loop.add_reader(line.socket.send_fd, self._unblock, to, plane, line)
+            return False
+        self.counters["frames_sent"] += 1
+        return True
+
+    def _send_late(self, to: str, plane: Plane, frame: bytes) -> None:
+        peer = self._peers.get(to)
+        if peer is None or peer.lines[plane].socket is None or peer.lines[plane].blocked:
+            self.counters["frames_dropped"] += 1  # a delayed frame has lost its place in the queue
+            return
+        if not self._send_now(to, plane, peer.lines[plane], frame):
+            self.counters["frames_dropped"] += 1
+
+    def _unblock(self, to: str, plane: Plane, line: _Line) -> None:
+        assert line.socket is not None
+        self._loop.remove_reader(line.socket.send_fd)
+        line.blocked = False
+        self._drain(to, plane, line)
+
+    def _hang_up(self, peer: str) -> None:
+        entry = self._peers.pop(peer, None)
+        if entry is None:
+            return
+        control, data = entry.lines[Plane.CONTROL], entry.lines[Plane.DATA]
+        self._close_line(control)
+        if data is not control:  # a reverse channel is one line for both planes
+            self._close_line(data)
+
+    def _close_line(self, line: _Line) -> None:
+        if line.socket is None:
+            return
+        if line.blocked:
+            self._loop.remove_reader(line.socket.send_fd)
+        line.socket.close()
+
+    # -- receiving ----------------------------------------------------------------------------
+
+    def _pull(self, socket: pynng.Pull0, plane: Plane) -> None:
+        self._listeners.append(socket)
+        self._loop.add_reader(socket.recv_fd, self._readable, socket, plane)
+
+    def _readable(self, socket: pynng.Pull0, plane: Plane) -> None:
+        for _ in range(DRAIN_FRAMES_MAX):
+            if self._closed:
+                return
+            try:
+                sealed = socket.recv(block=False)
+            except pynng.TryAgain:
+                return
+            self._arrived(sealed, plane)
+
+    def _arrived(self, sealed: bytes, plane: Plane) -> None:
+        try:
+            frame = decode_frame(self._seal.open(plane, sealed), self.cluster)
+        except PeerError as error:
+            self._bad("", error)
+            return
+        if not self.filter.incoming(frame.source):
+            self.counters["frames_cut"] += 1
+            return
+        self.counters["frames_received"] += 1
+        for envelope in frame.envelopes:
+            self._dispatch(frame, envelope, plane)
+
+    def _dispatch(self, frame: Frame, envelope: Envelope, plane: Plane) -> None:
+        try:
+            body = self._decoder.decode(envelope.body)
+            if isinstance(body, Chunk):
+                reassembly = self._reassembly.setdefault(frame.source, Reassembly())
+                whole = reassembly.add(body)
+                if whole is None:
+                    return
+                envelope = decode_envelope(whole)
+                body = self._decoder.decode(envelope.body)
+                if isinstance(body, Chunk):
+                    raise PeerError("A chunk inside a chunk.")
+        except (msgspec.DecodeError, RecursionError, PeerError) as error:
+            self._bad(frame.source, error)
+            return
+        if envelope.reply_to:
+            self._answered(envelope.reply_to, body)
+            return
+        self._on_message(
+            Incoming(frame.source, frame.boot, body, envelope.request, envelope.destination, plane)
+        )
+
+    def _answered(self, number: int, body: Any) -> None:
+        entry = self._requests.get(number)
+        if entry is None or entry[0].done():
+            self.counters["late_replies"] += 1
+        elif isinstance(body, Failure):
+            entry[0].set_exception(faults.to_error(body))
+        else:
+            entry[0].set_result(body)
+
+    def _bad(self, source: str, error: Exception) -> None:
+        """B2: count it; say it once per source."""
+        name = f"bad:{source}" if len(self.counters) < SOURCES_COUNTED_MAX else "bad:others"
+        if not self.counters[name]:
+            log.warning("dropped a malformed message from %r: %s", source, error)
+        self.counters[name] += 1
+        self.counters["bad"] += 1
+
+    def close(self) -> None:
+        """Close every socket; requests in flight fail with `Unavailable`."""
+        self._closed = True
+        if self._door is not None:
+            self._door.close()
+        for socket in self._listeners:
+            self._loop.remove_reader(socket.recv_fd)
+            socket.close()
+        for peer in list(self._peers):
+            self._hang_up(peer)
+        for future, timer, to in list(self._requests.values()):
+            timer.cancel()
+            if not future.done():
+                future.set_exception(Unavailable(f"The connection to {to} was closed."))
+        self._requests.clear()
