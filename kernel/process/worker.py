@@ -1,0 +1,269 @@
+"""A worker process: computes blocks of indices in the sandbox, for one node, until that node goes.
+
+Interface rules: forked by the zygote; its only connection is the channel to its node. It looks
+at the channel between blocks and whenever the program's gas slice runs out, so that cancel and
+shrink are seen within about `slice_ms`. Whatever the program does ends as a `Fault`; what is our
+own bug ends the process, and the node starts another.
+Invariants: W1 one run at a time, its blocks in order; W2 exactly one `Ended` for each `Compute`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+
+import msgspec
+
+from manifold.kernel.errors import Exhausted, ManifoldError, Trap
+from manifold.kernel.process import throttle
+from manifold.kernel.process.channel import Channel, Closed
+from manifold.kernel.process.messages import (
+    Abort,
+    Blocks,
+    Compute,
+    Ended,
+    Fault,
+    Limit,
+    Limited,
+    Result,
+    ToWorker,
+    WorkerSpec,
+)
+from manifold.vm.kid import Kid
+from manifold.vm.runtime import Machine, Stopped, Unit
+from manifold.vm.syntax import Program, decode
+
+TELL_S = 0.02  # results are sent together, this often
+TELL_BYTES = 1 << 20  # or once they are this large
+LOOK_S = 0.002  # between blocks, how often the channel is looked at
+ALIVE_S = 0.1  # sent within a long block, this often
+PROGRAMS_MAX = 256
+GAS_PER_S_GUESS = 500_000_000  # until the first slice has been measured
+GAS_SLICE_MIN = 10_000
+
+
+class Worker:
+    def __init__(self, channel: Channel[ToWorker], spec: WorkerSpec, paced: bool) -> None:
+        self._channel = channel
+        self._machine = Machine(spec.memory_bytes)
+        self._programs: dict[Kid, Program] = {}
+        self._slice_s = spec.slice_ms / 1000
+        self._pacer = throttle.Pacer(spec.share) if paced else None
+        self._gas_per_s = float(GAS_PER_S_GUESS)
+        self._compute: Compute | None = None
+        self._last = 0
+        self._aborted = False
+        self._results: list[Result] = []
+        self._results_bytes = 0
+        self._first = 0
+        self._gas = 0
+        self._block_gas = 0  # of the block being computed, as far as it was told
+        self._told_s = 0.0
+        self._looked_s = 0.0
+        self._cpu_s = 0.0
+        self._busy_from_s = 0.0
+        self._queue: list[ToWorker] = []  # came with, or during, the present run
+
+    def serve(self) -> None:
+        """Until the node closes the channel."""
+        pending: list[ToWorker] = []
+        while True:
+            pending += self._channel.wait() if not pending else []
+            while pending:
+                message = pending.pop(0)
+                if isinstance(message, Compute):
+                    self._queue = pending
+                    self._run(message)
+                    pending = self._queue
+
+    # -- one run ------------------------------------------------------------------------------
+
+    def _run(self, compute: Compute) -> None:
+        self._compute = compute
+        self._last = compute.last
+        self._aborted = False
+        self._first = compute.first
+        now_s = time.monotonic()
+        self._told_s = self._looked_s = self._busy_from_s = now_s
+        self._cpu_s = time.thread_time()
+        for message in self._queue[:]:
+            self._hear(message)
+        fault: Fault | None = None
+        try:
+            unit = self._machine.load(self._program(compute), compute.reduce)
+            block = compute.first
+            while block < self._last and not self._aborted:
+                self._results.append(self._block(unit, compute, block))
+                block += 1
+                self._between(block)
+        except Stopped:
+            pass  # aborted within a block: nobody waits for the rest
+        except ManifoldError as error:
+            fault = _fault(error)
+        except MemoryError:
+            fault = Fault("exhausted", "The worker ran out of memory.", "Ask for less at once.")
+        self._tell(Ended(compute.run, fault))
+        self._compute = None
+
+    def _program(self, compute: Compute) -> Program:
+        program = self._programs.get(compute.program)
+        if program is None:
+            if not compute.ir:
+                raise Trap("This worker was not sent the program.", "Submit the job again.")
+            program = decode(compute.ir)
+            if len(self._programs) >= PROGRAMS_MAX:
+                self._programs.pop(next(iter(self._programs)))
+            self._programs[compute.program] = program
+        return program
+
+    def _block(self, unit: Unit, compute: Compute, block: int) -> Result:
+        if compute.indices:
+            low = compute.indices[block - compute.first]
+            high = low + 1
+        else:
+            low = compute.lo + block * compute.size
+            high = min(low + compute.size, compute.hi)
+        self._block_gas = 0
+        try:
+            outcome = unit.run(
+                low,
+                high,
+                gas=max(GAS_SLICE_MIN, int(self._gas_per_s * self._slice_s)),
+                on_yield=self._on_yield,
+                on_sleep=self._on_sleep,
+                arguments=compute.arguments,
+            )
+        except Stopped:
+            raise
+        except ManifoldError as error:
+            if not compute.isolate:
+                raise
+            return _fault(error)
+        self._gas += outcome.gas_used - self._block_gas
+        self._results_bytes += outcome.partial.nbytes
+        return outcome.partial
+
+    def _between(self, block: int) -> None:
+        """After a block: look, tell and pace, each when it is due."""
+        now_s = time.monotonic()
+        if now_s - self._looked_s >= LOOK_S:
+            self._look(now_s)
+        if now_s - self._told_s >= TELL_S or self._results_bytes >= TELL_BYTES:
+            self._tell()
+        if self._pacer is not None:
+            self._pace()
+
+    def _on_yield(self, gas_used: int) -> int:
+        """The gas slice ran out within a block: more gas, or 0 to end."""
+        now_s = time.monotonic()
+        self._gas += gas_used - self._block_gas
+        self._block_gas = gas_used
+        self._look(now_s)
+        if self._pacer is not None:
+            self._pace()
+        if now_s - self._told_s >= ALIVE_S:
+            self._tell()
+        return 0 if self._aborted else max(GAS_SLICE_MIN, int(self._gas_per_s * self._slice_s))
+
+    def _on_sleep(self, seconds: float) -> None:
+        """The program sleeps; cancel wakes it."""
+        until_s = time.monotonic() + seconds
+        while not self._aborted:
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
+                return
+            for message in self._channel.wait(min(left_s, ALIVE_S)):
+                self._hear(message)
+            self._tell()
+
+    # -- the channel --------------------------------------------------------------------------
+
+    def _look(self, now_s: float) -> None:
+        self._looked_s = now_s
+        for message in self._channel.take():
+            self._hear(message)
+
+    def _hear(self, message: ToWorker) -> None:
+        assert self._compute is not None
+        match message:
+            case Limit(run=run, last=last):
+                if message in self._queue:
+                    self._queue.remove(message)
+                if run == self._compute.run:
+                    reached = self._first + len(self._results)
+                    # The block being computed is finished: it costs less than doing it again.
+                    started = min(reached + 1, self._last)
+                    self._last = min(self._last, max(last, started))
+                    self._channel.send(Limited(run, self._last))
+            case Abort(run=run):
+                if message in self._queue:
+                    self._queue.remove(message)
+                self._aborted = self._aborted or run == self._compute.run
+            case Compute():
+                if message not in self._queue:
+                    self._queue.append(message)
+
+    def _tell(self, ended: Ended | None = None) -> None:
+        assert self._compute is not None
+        now_s = time.monotonic()
+        busy_s = now_s - self._busy_from_s
+        results = tuple(self._results)
+        told = Blocks(self._compute.run, self._first, results, self._gas, busy_s * 1000)
+        self._channel.send(told, *([ended] if ended is not None else []))
+        if self._gas > GAS_SLICE_MIN and busy_s > 0.001:
+            speed = self._gas / busy_s
+            self._gas_per_s = 0.5 * self._gas_per_s + 0.5 * speed
+        self._first += len(results)
+        self._results.clear()
+        self._results_bytes = 0
+        self._gas = 0
+        self._told_s = self._busy_from_s = now_s
+
+    def _pace(self) -> None:
+        assert self._pacer is not None
+        cpu_s = time.thread_time()
+        pause_s = self._pacer.pause_s(cpu_s - self._cpu_s)
+        self._cpu_s = cpu_s
+        if pause_s <= 0:
+            return
+        before_s = time.monotonic()
+        for message in self._channel.wait(pause_s):
+            self._hear(message)
+        self._pacer.paused(time.monotonic() - before_s)
+        self._cpu_s = time.thread_time()
+
+
+def _fault(error: ManifoldError) -> Fault:
+    if isinstance(error, Trap):
+        return Fault(
+            error.code, error.message, error.next_step, error.line, error.instruction,
+            error.cells, error.index,
+        )  # fmt: skip
+    if isinstance(error, Exhausted):
+        return Fault(error.code, error.message, error.next_step)
+    line = getattr(error, "line", 0)
+    return Fault(error.code, error.message, error.next_step, line)
+
+
+def main(payload: bytes, fds: list[int], liveness_fd: int) -> None:
+    """The zygote's entry: `payload` is a `WorkerSpec`, `fds` the worker's end of the channel.
+
+    No liveness watch: the node holds the channel's other end, and closes it by ending.
+    """
+    os.close(liveness_fd)
+    spec = msgspec.msgpack.decode(payload, type=WorkerSpec)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if spec.log:
+        log_fd = os.open(spec.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(log_fd, 1)
+        os.dup2(log_fd, 2)
+        os.close(log_fd)
+    joined = bool(spec.cgroup) and throttle.join(spec.cgroup)
+    paced = not joined and spec.share < 1.0
+    channel: Channel[ToWorker] = Channel(socket.socket(fileno=fds[0]), ToWorker)
+    try:
+        Worker(channel, spec, paced).serve()
+    except Closed:
+        return

@@ -1,0 +1,183 @@
+"""The zygote: one process with the heavy imports done and no nng socket opened, which forks
+nodes and workers on request.
+
+Interface rules: it listens on a SOCK_SEQPACKET Unix socket. One connection is one request: a
+`Fork` with the file descriptors the child is to get; the answer is `Forked`. An entry point is
+`module:function(payload: bytes, fds: list[int], liveness_fd: int)`, of a preloaded module.
+Invariants: Z1 single-threaded when it forks; Z2 when the liveness pipe closes (the supervisor is
+gone, however it went) every child is killed and the runtime directory is removed, then it exits.
+Why not multiprocessing's forkserver: each node would get one of its own, and it knows no liveness.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import ctypes
+import gc
+import importlib
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+import msgspec
+
+from manifold.kernel.errors import Unavailable
+
+FDS_MAX = 4
+REQUEST_BYTES_MAX = 128 << 10  # under the socket's default buffer of 208 KiB
+GRACE_S = 1.0  # children see the closed pipe themselves; after this they are killed
+PR_SET_PDEATHSIG = 1
+
+Entry = Callable[[bytes, list[int], int], None]
+
+
+class Fork(msgspec.Struct, frozen=True):
+    entry: str
+    payload: bytes
+
+
+class Forked(msgspec.Struct, frozen=True):
+    pid: int
+
+
+def request_fork(path: str, entry: str, payload: bytes, fds: list[int]) -> socket.socket:
+    """Ask the zygote at `path` for a child; the answer can be read from the returned socket."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection.connect(path)
+        message = msgspec.msgpack.encode(Fork(entry, payload))
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        connection.sendmsg([message], ancillary)
+    except OSError as error:
+        connection.close()
+        raise Unavailable(
+            f"The process that forks workers does not answer: {error}.", "It is being restarted."
+        ) from error
+    return connection
+
+
+def read_forked(connection: socket.socket) -> int:
+    """The pid of the child that was asked for on `connection`, which is closed."""
+    with connection:
+        answer = connection.recv(4096)
+    if not answer:
+        raise Unavailable("The process that forks workers ended.", "It is being restarted.")
+    return msgspec.msgpack.decode(answer, type=Forked).pid
+
+
+class Zygote:
+    def __init__(self, listener: socket.socket, liveness_fd: int, runtime_dir: str) -> None:
+        self._listener = listener
+        self._liveness_fd = liveness_fd
+        self._runtime_dir = runtime_dir
+        self._children: set[int] = set()
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+
+    def serve(self) -> None:
+        """Until the liveness pipe closes."""
+        poller = select.poll()
+        for fd in (self._listener.fileno(), self._liveness_fd, self._wake_read):
+            poller.register(fd, select.POLLIN)
+        while True:
+            for fd, _ in poller.poll():
+                if fd == self._liveness_fd:
+                    self._end()
+                    return
+                if fd == self._wake_read:
+                    os.read(self._wake_read, 4096)
+                    self._reap()
+                else:
+                    self._answer()
+
+    def _answer(self) -> None:
+        connection, _ = self._listener.accept()
+        with connection:
+            message, fds, _, _ = socket.recv_fds(connection, REQUEST_BYTES_MAX, FDS_MAX)
+            try:
+                request = msgspec.msgpack.decode(message, type=Fork)
+                pid = self._fork(request, fds, connection)
+                connection.send(msgspec.msgpack.encode(Forked(pid)))
+            except (msgspec.DecodeError, OSError) as error:
+                print(f"zygote: a request was not served: {error}", file=sys.stderr, flush=True)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+
+    def _fork(self, request: Fork, fds: list[int], connection: socket.socket) -> int:
+        pid = os.fork()  # Z1
+        if pid:
+            self._children.add(pid)
+            return pid
+        status = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+            self._listener.close()
+            connection.close()
+            module, _, function = request.entry.partition(":")
+            entry: Entry = getattr(sys.modules[module], function)
+            entry(request.payload, fds, self._liveness_fd)
+            status = 0
+        except SystemExit as leaving:
+            status = leaving.code if isinstance(leaving.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, _ = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            self._children.discard(pid)
+
+    def _end(self) -> None:
+        """Z2: see every child gone, then take the runtime directory away."""
+        deadline = time.monotonic() + GRACE_S
+        while self._children and time.monotonic() < deadline:
+            select.select([self._wake_read], [], [], deadline - time.monotonic())
+            self._reap()
+        for pid in sorted(self._children):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        while self._children:
+            pid, _ = os.waitpid(-1, 0)
+            self._children.discard(pid)
+        if self._runtime_dir:
+            shutil.rmtree(self._runtime_dir, ignore_errors=True)
+
+
+def main(arguments: list[str]) -> None:
+    """`LISTENER_FD LIVENESS_FD RUNTIME_DIR MODULE…`; the directory may be empty."""
+    listener_fd, liveness_fd, runtime_dir, *modules = arguments
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's
+    listener = socket.socket(fileno=int(listener_fd))
+    for module in modules:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # the children share these pages: a collection must not write to them
+    listener.listen(64)
+    Zygote(listener, int(liveness_fd), runtime_dir).serve()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,292 @@
+"""What clients, owners, runners and workers of the scheduler say to each other.
+
+Roles: a client submits a job to any node, which becomes its owner; the owner assigns shards (runs
+of blocks) to runners; a runner lets its workers compute them. Every node is owner and runner.
+Interface rules: all requests are idempotent: a job by its id, a shard by `(job, shard, attempt)`,
+a result by its block. Indices are 64-bit, blocks are numbered from 0 within their job.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from manifold.kernel.geode.messages import Decision, Demand, LoadReport
+from manifold.kernel.process.messages import Fault, Result
+from manifold.vm.kid import Kid
+
+PROGRAM_BYTES_MAX = 8 << 20  # 64 Ki instructions, at most 128 bytes each with its source line
+ARGUMENTS_MAX = 64
+INDICES_EXPLICIT_MAX = 65_536  # tasks in one batch; the list is at most 576 KiB encoded
+REPORTS_MAX = 4096
+RESULTS_PER_REPORT_MAX = 65_536
+BLOCK_MAX = 1 << 17
+
+JobId = Annotated[str, Meta(pattern=r"^J-[0-9a-f]{16}$")]
+Index = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+Block = Annotated[int, Meta(ge=0, le=BLOCK_MAX)]
+Number = Annotated[int, Meta(ge=0, lt=1 << 62)]
+Ms = Annotated[float, Meta(ge=0, le=1e15)]
+Gas = Annotated[float, Meta(ge=0, le=1e24)]
+Text = Annotated[str, Meta(max_length=4096)]
+Reduction = Literal["sum", "min", "max", "count", "collect"]
+
+
+class JobSpec(msgspec.Struct, frozen=True, array_like=True):
+    """What to run: `program` over `[lo, hi)`, or over `indices` where those are given.
+
+    `isolate`: each index is a task of its own, with its own result or fault. `timeout_ms` 0: none.
+    """
+
+    program: Kid
+    lo: Index
+    hi: Index
+    reduce: Reduction
+    arguments: Annotated[tuple[int | float, ...], Meta(max_length=ARGUMENTS_MAX)] = ()
+    isolate: bool = False
+    indices: Annotated[tuple[Index, ...], Meta(max_length=INDICES_EXPLICIT_MAX)] = ()
+    timeout_ms: Ms = 0.0
+    name: Text = ""
+    demand: Demand = Demand()
+
+
+# -- client and owner ---------------------------------------------------------------------------
+
+
+class SubmitJob(msgspec.Struct, frozen=True, array_like=True, tag="s.submit"):
+    """Answered by `JobStatus`; submitting a job id again answers with that job as it stands."""
+
+    job: JobId
+    spec: JobSpec
+    ir: Annotated[bytes, Meta(max_length=PROGRAM_BYTES_MAX)]
+    watch: bool = True  # push `JobStatus` to the submitter on progress and at the end
+
+
+State = Literal["running", "done", "failed", "cancelled"]
+
+
+class ShardStatus(msgspec.Struct, frozen=True, array_like=True):
+    shard: Number
+    attempt: Number
+    node: Text
+    first: Block
+    last: Block
+    counted: Block
+
+
+class JobStatus(msgspec.Struct, frozen=True, array_like=True, tag="s.status"):
+    """A job as its owner sees it. `results` hold the outcome where it is small enough to travel
+    along; else `parts` is the number of blocks to fetch with `FetchResult`."""
+
+    job: JobId
+    state: State
+    program: Text
+    name: Text
+    owner: Kid
+    done: Number  # indices
+    total: Number
+    elapsed_ms: Ms
+    shards: Number
+    retries: Number
+    block: Number = 1  # indices in a block
+    reduce: Reduction = "collect"
+    fault: Fault | None = None
+    results: tuple[Result, ...] | None = None
+    parts: Number = 0
+    live: tuple[ShardStatus, ...] = ()
+
+
+class WatchJob(msgspec.Struct, frozen=True, array_like=True, tag="s.watch"):
+    """Answered by `JobStatus`; the asker is pushed the following ones."""
+
+    job: JobId
+
+
+class KillJob(msgspec.Struct, frozen=True, array_like=True, tag="s.kill"):
+    """Answered by `JobStatus`."""
+
+    job: JobId
+
+
+class FetchResult(msgspec.Struct, frozen=True, array_like=True, tag="s.fetch"):
+    """Answered by `ResultPart`: the results of the blocks from `first`, as many as fit."""
+
+    job: JobId
+    first: Block
+
+
+class ResultPart(msgspec.Struct, frozen=True, array_like=True, tag="s.part"):
+    first: Block
+    results: tuple[Result, ...]
+
+
+class ListJobs(msgspec.Struct, frozen=True, array_like=True, tag="s.jobs"):
+    """Answered by `JobList`: the jobs this node owns, newest last."""
+
+
+class JobList(msgspec.Struct, frozen=True, array_like=True, tag="s.joblist"):
+    jobs: tuple[JobStatus, ...]
+
+
+class WhyTask(msgspec.Struct, frozen=True, array_like=True, tag="s.why"):
+    """Answered by `WhyAnswer`: the decisions of `task` (`J-…` or `J-…/SHARD`)."""
+
+    task: Text
+
+
+class WhyAnswer(msgspec.Struct, frozen=True, array_like=True, tag="s.because"):
+    decisions: tuple[Decision, ...]
+
+
+# -- owner and runner ---------------------------------------------------------------------------
+
+
+class AssignShard(msgspec.Struct, frozen=True, array_like=True, tag="s.assign"):
+    """Compute blocks `[first, last)`. `ir` is empty where the runner should have it already."""
+
+    job: JobId
+    shard: Number
+    attempt: Number
+    spec: JobSpec
+    first: Block
+    last: Block
+    ir: Annotated[bytes, Meta(max_length=PROGRAM_BYTES_MAX)] = b""
+
+
+class Shrink(msgspec.Struct, frozen=True, array_like=True, tag="s.shrink"):
+    """Stop before block `last`; answered by `Shrunk` with the boundary it really stops at."""
+
+    job: JobId
+    shard: Number
+    attempt: Number
+    last: Block
+
+
+class Shrunk(msgspec.Struct, frozen=True, array_like=True, tag="s.shrunk"):
+    job: JobId
+    shard: Number
+    attempt: Number
+    last: Block
+
+
+class DropShard(msgspec.Struct, frozen=True, array_like=True, tag="s.drop"):
+    """The attempt is over (counted, cancelled or fenced): stop it and forget it."""
+
+    job: JobId
+    shard: Number
+    attempt: Number
+
+
+class Rejected(msgspec.Struct, frozen=True, array_like=True, tag="s.reject"):
+    """Not admitted: no credit. Come again after `retry_ms`, or go elsewhere."""
+
+    job: JobId
+    shard: Number
+    attempt: Number
+    retry_ms: Ms
+
+
+class NeedProgram(msgspec.Struct, frozen=True, array_like=True, tag="s.need"):
+    """The runner of this attempt does not have the program: send `AssignShard` with its IR."""
+
+    job: JobId
+    shard: Number
+    attempt: Number
+
+
+class Report(msgspec.Struct, frozen=True, array_like=True, tag="s.report"):
+    """Where an attempt stands; results of blocks `[first, first + len(results))`.
+
+    Sent when blocks are done and at least every `progress_ms`: it is the heartbeat. `lost` says
+    that the attempt ended without finishing and without being the program's fault.
+    """
+
+    job: JobId
+    shard: Number
+    attempt: Number
+    first: Block
+    results: Annotated[tuple[Result, ...], Meta(max_length=RESULTS_PER_REPORT_MAX)]
+    running: bool
+    gas: Gas  # used since the previous report
+    busy_ms: Ms  # of a worker, since the previous report
+    load: LoadReport
+    fault: Fault | None = None
+    lost: Text = ""
+
+
+class ReportAck(msgspec.Struct, frozen=True, array_like=True, tag="s.ack"):
+    """Everything before block `counted` of this attempt is safe with the owner."""
+
+    job: JobId
+    shard: Number
+    attempt: Number
+    counted: Block
+
+
+Message = (
+    SubmitJob
+    | JobStatus
+    | WatchJob
+    | KillJob
+    | FetchResult
+    | ResultPart
+    | ListJobs
+    | JobList
+    | WhyTask
+    | WhyAnswer
+    | AssignShard
+    | Shrink
+    | Shrunk
+    | DropShard
+    | Rejected
+    | NeedProgram
+    | Report
+    | ReportAck
+)
+
+
+# -- runner and its workers (effects of this node, never on the wire) -----------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StartRun:
+    """Let worker `worker` compute blocks `[first, last)`; answered by the `run_…` events."""
+
+    worker: int
+    run: int
+    spec: JobSpec
+    ir: bytes
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class LimitRun:
+    """Stop run `run` before block `last` (its present block is finished in any case)."""
+
+    worker: int
+    run: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class AbortRun:
+    """End run `run` at once, within its block."""
+
+    worker: int
+    run: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobEvent:
+    """For the node's log and metrics."""
+
+    what: str
+    job: str
+    detail: str
+
+
+WorkerEffect = StartRun | LimitRun | AbortRun

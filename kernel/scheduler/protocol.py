@@ -1,0 +1,152 @@
+"""The scheduler of one node: owner of the jobs submitted here, runner of shards assigned here.
+
+Interface rules: `request` answers clients (and raises `ManifoldError` to refuse), `receive` takes
+what nodes say, the `run_…` and `slot_lost` events what workers did. Every call returns effects and
+ends with the `SetTimer` that is due. Pure: see `owner.py`, `runner.py`, `ledger.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from manifold.kernel.config import SchedulerConfig
+from manifold.kernel.effects import Effect, SetTimer
+from manifold.kernel.errors import NotFound
+from manifold.kernel.geode.geode import Geode
+from manifold.kernel.process.messages import Fault, Result
+from manifold.kernel.scheduler.messages import (
+    AssignShard,
+    DropShard,
+    FetchResult,
+    KillJob,
+    ListJobs,
+    NeedProgram,
+    Rejected,
+    Report,
+    ReportAck,
+    Shrink,
+    Shrunk,
+    SubmitJob,
+    WatchJob,
+    WhyAnswer,
+    WhyTask,
+)
+from manifold.kernel.scheduler.owner import TICK_MS, Owner
+from manifold.kernel.scheduler.runner import Runner
+from manifold.vm.kid import Kid
+
+RUNNER_TICK_MS = 100.0  # half of the default progress interval
+RETAIN_TICK_MS = 60_000.0
+WHY_MAX = 256  # decisions in one answer
+
+Request = SubmitJob | WatchJob | KillJob | FetchResult | ListJobs | WhyTask
+
+
+class Scheduler:
+    """See the module."""
+
+    def __init__(self, me: Kid, config: SchedulerConfig, geode: Geode, slots: int) -> None:
+        self.geode = geode
+        self.owner = Owner(me, config, geode)
+        self.runner = Runner(me, config, slots)
+        self._owner_due_ms = float("inf")
+        self._runner_due_ms = float("inf")
+
+    def request(
+        self, client: str, message: Request, now_ms: float
+    ) -> tuple[msgspec.Struct, list[Effect]]:
+        """The answer to a client's request, and the effects of serving it."""
+        if isinstance(message, WhyTask):
+            return self._why(message.task), []
+        if isinstance(message, SubmitJob):
+            answer, effects = self.owner.submit(client, message, now_ms)
+        else:
+            answer, effects = self.owner.request(client, message, now_ms)
+        return answer, self._close(effects, now_ms)
+
+    def receive(self, source: Kid, message: Any, now_ms: float) -> list[Effect]:
+        match message:
+            case Report() | Shrunk() | Rejected() | NeedProgram():
+                return self._close(self.owner.receive(source, message, now_ms), now_ms)
+            case AssignShard() | Shrink() | DropShard() | ReportAck():
+                return self._close(self.runner.receive(source, message, now_ms), now_ms)
+            case _:
+                return []  # an answer to a question nobody asks any more
+
+    def tick(self, now_ms: float) -> list[Effect]:
+        effects: list[Effect] = []
+        if now_ms >= self._owner_due_ms:
+            self._owner_due_ms = float("inf")
+            effects += self.owner.tick(now_ms)
+        if now_ms >= self._runner_due_ms:
+            self._runner_due_ms = float("inf")
+            effects += self.runner.tick(now_ms)
+        return self._close(effects, now_ms)
+
+    def _close(self, effects: list[Effect], now_ms: float) -> list[Effect]:
+        """Add what happened and the timer that is due."""
+        if self.owner.events:
+            effects += self.owner.take_events()
+        if self.owner.jobs:
+            self._owner_due_ms = min(self._owner_due_ms, now_ms + TICK_MS)
+        elif self.owner.ended:
+            self._owner_due_ms = min(self._owner_due_ms, now_ms + RETAIN_TICK_MS)
+        if self.runner.busy:
+            self._runner_due_ms = min(self._runner_due_ms, now_ms + RUNNER_TICK_MS)
+        due_ms = min(self._owner_due_ms, self._runner_due_ms)
+        if due_ms != float("inf"):
+            effects.append(SetTimer(due_ms))
+        return effects
+
+    # -- who is there -------------------------------------------------------------------------
+
+    def node_up(self, node: Kid, now_ms: float) -> list[Effect]:
+        return self._close(self.owner.node_up(node, now_ms), now_ms)
+
+    def node_down(self, node: Kid, now_ms: float) -> list[Effect]:
+        effects = self.owner.node_down(node, now_ms) + self.runner.drop_owner(node, now_ms)
+        return self._close(effects, now_ms)
+
+    # -- workers ------------------------------------------------------------------------------
+
+    def run_blocks(
+        self,
+        slot: int,
+        run: int,
+        first: int,
+        results: Sequence[Result],
+        gas: float,
+        busy_ms: float,
+        now_ms: float,
+    ) -> list[Effect]:
+        done = self.runner.run_blocks(slot, run, first, results, gas, busy_ms, now_ms)
+        return self._close(done, now_ms)
+
+    def run_limited(self, slot: int, run: int, last: int, now_ms: float) -> list[Effect]:
+        return self._close(self.runner.run_limited(slot, run, last, now_ms), now_ms)
+
+    def run_ended(self, slot: int, run: int, fault: Fault | None, now_ms: float) -> list[Effect]:
+        return self._close(self.runner.run_ended(slot, run, fault, now_ms), now_ms)
+
+    def slot_lost(self, slot: int, reason: str, now_ms: float) -> list[Effect]:
+        return self._close(self.runner.slot_lost(slot, reason, now_ms), now_ms)
+
+    def _why(self, task: str) -> WhyAnswer:
+        exact = self.geode.why(task)
+        if exact is not None:
+            return WhyAnswer((exact,))
+        names = [
+            name
+            for name in self.geode.decisions(self.geode.config.decisions)
+            if name.startswith((task + "/", task + "."))
+        ]
+        found = [self.geode.why(name) for name in reversed(names[:WHY_MAX])]
+        if not found:
+            raise NotFound(
+                f"No decision about {task} is remembered here.",
+                "`manifold jobs` lists jobs; ask the node that owns it.",
+            )
+        return WhyAnswer(tuple(decision for decision in found if decision is not None))

@@ -1,0 +1,413 @@
+"""The runner: what a node does with shards that owners assign to it. Pure.
+
+Interface rules: owners speak through `receive`, workers through the `run_…` events; each returns
+effects. Workers are numbered slots; a slot computes one run (a stretch of one attempt) at a time.
+Invariants: R1 a slot has at most one run; R2 results stay here until the owner has counted them;
+R3 admission never holds more than `ATTEMPTS_MAX` attempts; R4 a run is fenced by its number: what
+an ended run still says is ignored.
+Source: design page of the scheduler (blocks, one writer, credits). Between owner and runner this
+is go-back-N over blocks: acknowledgements are cumulative, what is not acknowledged is sent again.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from manifold.kernel.config import SchedulerConfig
+from manifold.kernel.effects import Effect, Notify, Plane, Send
+from manifold.kernel.geode.messages import LoadReport
+from manifold.kernel.process.messages import Fault, Result
+from manifold.kernel.scheduler.messages import (
+    RESULTS_PER_REPORT_MAX,
+    AbortRun,
+    AssignShard,
+    DropShard,
+    JobSpec,
+    LimitRun,
+    NeedProgram,
+    Rejected,
+    Report,
+    ReportAck,
+    Shrink,
+    Shrunk,
+    StartRun,
+)
+from manifold.vm.kid import Kid, kid_of
+from manifold.vm.runtime.results import Partial
+
+ATTEMPTS_MAX = 4096  # held at once; each is under 1 KiB without its results
+PROGRAMS_MAX = 256  # IRs kept by KID
+PROGRAM_CACHE_BYTES_MAX = 64 << 20
+REPORT_BYTES_MAX = 2 << 20  # results of one report: two frames, so that control gets through
+QUANTUM_MS = 100.0  # a run that others wait for yields its slot after this
+RESEND_MS = 500.0  # a report not acknowledged in this time is sent again
+ORPHAN_MS = 30_000.0  # an owner that has acknowledged nothing for so long is gone
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One attempt of one shard, from its assignment until its owner drops it."""
+
+    owner: Kid
+    job: str
+    shard: int
+    attempt: int
+    spec: JobSpec
+    ir: bytes
+    last: int
+    base: int  # first block whose result is still here
+    next: int  # first block that is not computed
+    sent: int  # first block that was never reported since the last rewind
+    heard_ms: float
+    reported_ms: float
+    results: deque[Result] = field(default_factory=deque)
+    run: int = 0  # 0 while it waits for a slot
+    slot: int = -1
+    run_since_ms: float = 0.0
+    yielding: bool = False
+    shrink_to: int = -1  # the boundary asked for while a run is on; -1: none
+    gas: float = 0.0
+    busy_ms: float = 0.0
+    gas_per_block: float = 0.0
+    fault: Fault | None = None
+    lost: str = ""
+    rewind_ms: float = 0.0
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.job, self.shard
+
+    @property
+    def ended(self) -> bool:
+        return self.next >= self.last or self.fault is not None or bool(self.lost)
+
+
+def _size(result: Result) -> int:
+    return result.nbytes if isinstance(result, Partial) else 256 + 16 * len(result.cells)
+
+
+class Runner:
+    """See the module."""
+
+    def __init__(self, me: Kid, config: SchedulerConfig, slots: int) -> None:
+        self.me = me
+        self.config = config
+        self.slots = slots
+        self.gas_per_s = 0.0  # of one slot, measured
+        self.free_memory_bytes = 1 << 60
+        self.cordoned = False
+        self._attempts: dict[tuple[str, int], Attempt] = {}
+        self._waiting: deque[tuple[str, int]] = deque()
+        self._running: dict[int, Attempt] = {}  # by slot, R1
+        self._programs: OrderedDict[Kid, bytes] = OrderedDict()
+        self._program_bytes = 0
+        self._next_run = 1
+
+    # -- from owners --------------------------------------------------------------------------
+
+    def receive(
+        self,
+        source: Kid,
+        message: AssignShard | Shrink | DropShard | ReportAck,
+        now_ms: float,
+    ) -> list[Effect]:
+        match message:
+            case AssignShard():
+                return self._assigned(source, message, now_ms)
+            case Shrink():
+                return self._shrink(source, message)
+            case DropShard():
+                held = self._attempts.get((message.job, message.shard))
+                if held is not None and held.attempt <= message.attempt and held.owner == source:
+                    return self._drop(held, now_ms)
+                return []
+            case ReportAck():
+                return self._acknowledged(source, message, now_ms)
+
+    def _assigned(self, owner: Kid, message: AssignShard, now_ms: float) -> list[Effect]:
+        key = (message.job, message.shard)
+        effects: list[Effect] = []
+        held = self._attempts.get(key)
+        if held is not None:
+            if held.attempt > message.attempt:
+                return []
+            if held.attempt == message.attempt:
+                return [self._report(held, now_ms)]
+            effects += self._drop(held, now_ms)
+        identity = (message.job, message.shard, message.attempt)
+        ir = message.ir or self._programs.get(message.spec.program, b"")
+        if not ir:
+            return [*effects, Send(owner, NeedProgram(*identity))]
+        if not self._admits():
+            return [*effects, Send(owner, Rejected(*identity, self.config.backlog_ms))]
+        attempt = Attempt(
+            owner, *identity, message.spec, ir, message.last,
+            message.first, message.first, message.first, now_ms, now_ms,
+        )  # fmt: skip
+        if message.ir and not self._keep_program(message.spec.program, message.ir):
+            attempt.fault = Fault("invalid_program", "The program does not have the KID it claims.")
+        self._attempts[key] = attempt
+        if attempt.fault is None:
+            self._waiting.append(key)
+            effects += self._fill(now_ms)
+        if attempt.run == 0:
+            effects.append(self._report(attempt, now_ms))
+        return effects
+
+    def _admits(self) -> bool:
+        return self.credits() > 0
+
+    def credits(self) -> int:
+        """Attempts that would still be admitted: free slots and a short backlog each."""
+        if self.cordoned:
+            return 0
+        free = self.slots - len(self._running)
+        backlog_ms = sum(self._left_ms(self._attempts[key]) for key in self._waiting) / self.slots
+        if backlog_ms > self.config.backlog_ms and len(self._waiting) >= 2 * self.slots:
+            return max(0, free)
+        return max(0, min(ATTEMPTS_MAX - len(self._attempts), free + self.config.queue))  # R3
+
+    def _left_ms(self, attempt: Attempt) -> float:
+        gas = attempt.gas_per_block * (attempt.last - attempt.next)
+        return gas / self.gas_per_s * 1000 if self.gas_per_s else 0.0
+
+    def _keep_program(self, kid: Kid, ir: bytes) -> bool:
+        if kid in self._programs:
+            self._programs.move_to_end(kid)
+            return True
+        if kid_of(ir) != kid:
+            return False
+        self._programs[kid] = ir
+        self._program_bytes += len(ir)
+        while len(self._programs) > PROGRAMS_MAX or self._program_bytes > PROGRAM_CACHE_BYTES_MAX:
+            _, old = self._programs.popitem(last=False)
+            self._program_bytes -= len(old)
+        return True
+
+    def _current(self, source: Kid, message: Shrink | ReportAck) -> Attempt | None:
+        held = self._attempts.get((message.job, message.shard))
+        if held is None or held.attempt != message.attempt or held.owner != source:
+            return None
+        return held
+
+    def _shrink(self, owner: Kid, message: Shrink) -> list[Effect]:
+        held = self._current(owner, message)
+        if held is None:
+            # It never came here, or is gone: nothing of it will be computed here.
+            stop = message.last
+            return [Send(owner, Shrunk(message.job, message.shard, message.attempt, stop))]
+        if held.run and message.last < held.last:
+            held.shrink_to = message.last
+            return [Notify(LimitRun(held.slot, held.run, message.last))]
+        return [self._shrunk(held, message.last)]
+
+    def _acknowledged(self, owner: Kid, message: ReportAck, now_ms: float) -> list[Effect]:
+        held = self._current(owner, message)
+        if held is None:
+            return []
+        held.heard_ms = now_ms
+        while held.base < message.counted and held.results:
+            held.results.popleft()
+            held.base += 1
+        held.sent = max(held.sent, held.base)
+        held.rewind_ms = now_ms
+        if held.base >= held.last and held.ended:
+            return self._drop(held, now_ms)
+        if held.sent < held.next:  # more than one report's worth was ready
+            return [self._report(held, now_ms)]
+        return []
+
+    def _drop(self, attempt: Attempt, now_ms: float) -> list[Effect]:
+        del self._attempts[attempt.key]
+        if attempt.run:
+            del self._running[attempt.slot]
+            abort = AbortRun(attempt.slot, attempt.run)
+            return [Notify(abort), *self._fill(now_ms)]
+        if attempt.key in self._waiting:
+            self._waiting.remove(attempt.key)
+        return []
+
+    def drop_owner(self, owner: Kid, now_ms: float) -> list[Effect]:
+        """The owner is dead: whatever it assigned is nobody's any more."""
+        effects: list[Effect] = []
+        for attempt in [a for a in self._attempts.values() if a.owner == owner]:
+            effects += self._drop(attempt, now_ms)
+        return effects
+
+    # -- to and from workers ------------------------------------------------------------------
+
+    def _fill(self, now_ms: float) -> list[Effect]:
+        """Give free slots to waiting attempts, in order."""
+        effects: list[Effect] = []
+        for slot in range(self.slots):
+            if not self._waiting:
+                break
+            if slot in self._running:
+                continue
+            attempt = self._attempts[self._waiting.popleft()]
+            attempt.run, attempt.slot = self._next_run, slot
+            attempt.run_since_ms = now_ms
+            attempt.yielding = False
+            self._next_run += 1
+            self._running[slot] = attempt
+            effects.append(
+                Notify(
+                    StartRun(
+                        slot, attempt.run, attempt.spec, attempt.ir, attempt.next, attempt.last
+                    )
+                )
+            )
+        return effects
+
+    def _run(self, slot: int, run: int) -> Attempt | None:
+        attempt = self._running.get(slot)
+        return attempt if attempt is not None and attempt.run == run else None  # R4
+
+    def run_blocks(
+        self,
+        slot: int,
+        run: int,
+        first: int,
+        results: Sequence[Result],
+        gas: float,
+        busy_ms: float,
+        now_ms: float,
+    ) -> list[Effect]:
+        """A worker has computed the blocks from `first`. None at all: it is alive, within one."""
+        attempt = self._run(slot, run)
+        if attempt is None:
+            return []
+        self._account(attempt, len(results), gas, busy_ms)
+        if not results:
+            return []
+        assert first == attempt.next, "a worker computes its blocks in order"
+        attempt.results.extend(results)
+        attempt.next += len(results)
+        return [self._report(attempt, now_ms)]
+
+    def _account(self, attempt: Attempt, count: int, gas: float, busy_ms: float) -> None:
+        attempt.gas += gas
+        attempt.busy_ms += busy_ms
+        if count:
+            attempt.gas_per_block = gas / count
+        if busy_ms > 1.0:  # shorter stretches measure the clock, not the machine
+            speed = gas / busy_ms * 1000
+            self.gas_per_s = 0.7 * self.gas_per_s + 0.3 * speed if self.gas_per_s else speed
+
+    def run_limited(self, slot: int, run: int, last: int, now_ms: float) -> list[Effect]:
+        """The worker will stop before block `last`, the answer to `LimitRun`."""
+        attempt = self._run(slot, run)
+        if attempt is None or attempt.shrink_to < 0:
+            return []
+        return [self._shrunk(attempt, last)]
+
+    def _shrunk(self, attempt: Attempt, last: int) -> Effect:
+        attempt.shrink_to = -1
+        attempt.last = min(attempt.last, max(last, attempt.next))
+        answer = Shrunk(attempt.job, attempt.shard, attempt.attempt, attempt.last)
+        return Send(attempt.owner, answer)
+
+    def run_ended(self, slot: int, run: int, fault: Fault | None, now_ms: float) -> list[Effect]:
+        """The run is over: at its limit, or with the program's fault."""
+        attempt = self._run(slot, run)
+        if attempt is None:
+            return []
+        effects: list[Effect] = []
+        if attempt.shrink_to >= 0:
+            effects.append(self._shrunk(attempt, attempt.shrink_to))
+        self._leave_slot(attempt)
+        attempt.fault = fault
+        if attempt.ended:
+            if fault is not None or attempt.sent < attempt.next:
+                effects.append(self._report(attempt, now_ms))
+        else:
+            self._waiting.append(attempt.key)
+        return effects + self._fill(now_ms)
+
+    def slot_lost(self, slot: int, reason: str, now_ms: float) -> list[Effect]:
+        """The worker process of `slot` is gone; the pool starts another when it is needed."""
+        attempt = self._running.get(slot)
+        if attempt is None:
+            return []
+        self._leave_slot(attempt)
+        attempt.lost = reason
+        return [self._report(attempt, now_ms), *self._fill(now_ms)]
+
+    def _leave_slot(self, attempt: Attempt) -> None:
+        del self._running[attempt.slot]
+        attempt.run, attempt.slot = 0, -1
+        attempt.shrink_to = -1
+
+    # -- reports ------------------------------------------------------------------------------
+
+    def load(self) -> LoadReport:
+        """What this node says of itself."""
+        queued = sum(a.gas_per_block * (a.last - a.next) for a in self._attempts.values())
+        return LoadReport(
+            queued_gas=queued,
+            slots=self.slots,
+            free_slots=max(0, self.slots - len(self._running) - len(self._waiting)),
+            credits=self.credits(),
+            free_memory_bytes=self.free_memory_bytes,
+            gas_per_s=self.gas_per_s,
+        )
+
+    def _report(self, attempt: Attempt, now_ms: float) -> Effect:
+        offset = attempt.sent - attempt.base
+        batch: list[Result] = []
+        size = 0
+        for index in range(offset, min(len(attempt.results), offset + RESULTS_PER_REPORT_MAX)):
+            size += _size(attempt.results[index])
+            if batch and size > REPORT_BYTES_MAX:
+                break
+            batch.append(attempt.results[index])
+        first = attempt.sent
+        attempt.sent += len(batch)
+        attempt.reported_ms = now_ms
+        whole = attempt.sent == attempt.next  # a fault counts only after all that preceded it
+        report = Report(
+            attempt.job, attempt.shard, attempt.attempt, first, tuple(batch),
+            attempt.run > 0, attempt.gas, attempt.busy_ms, self.load(),
+            attempt.fault if whole else None, attempt.lost if whole else "",
+        )  # fmt: skip
+        attempt.gas = attempt.busy_ms = 0.0
+        return Send(attempt.owner, report, Plane.DATA)
+
+    def tick(self, now_ms: float) -> list[Effect]:
+        """Heartbeats, resends, time slices; orphans are dropped."""
+        effects: list[Effect] = []
+        for attempt in list(self._attempts.values()):
+            if now_ms - attempt.heard_ms > ORPHAN_MS:
+                effects += self._drop(attempt, now_ms)
+                continue
+            if attempt.base < attempt.sent and now_ms - attempt.rewind_ms > RESEND_MS:
+                attempt.rewind_ms = now_ms
+                if now_ms - attempt.reported_ms > RESEND_MS / 2:
+                    attempt.sent = attempt.base
+                    effects.append(self._report(attempt, now_ms))
+            elif now_ms - attempt.reported_ms >= self.config.progress_ms:
+                effects.append(self._report(attempt, now_ms))
+            if (
+                self._waiting
+                and attempt.run
+                and not attempt.yielding
+                and attempt.shrink_to < 0
+                and now_ms - attempt.run_since_ms > QUANTUM_MS
+            ):
+                attempt.yielding = True
+                effects.append(Notify(LimitRun(attempt.slot, attempt.run, 0)))
+        return effects
+
+    @property
+    def busy(self) -> bool:
+        """Whether ticks are needed."""
+        return bool(self._attempts)
+
+    def running(self) -> list[tuple[int, Attempt]]:
+        """Slot and attempt of what is being computed, by slot (for `ps`)."""
+        return sorted(self._running.items())
+
+    def waiting(self) -> list[Attempt]:
+        return [self._attempts[key] for key in self._waiting]
