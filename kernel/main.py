@@ -1,0 +1,47 @@
+"""Boot of a node, in order: one screen, one line per subsystem.
+
+Interface: `boot` is the zygote's entry point; everything it needs is in the `NodeSpec`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import msgspec
+import uvloop
+
+from manifold.kernel.logbook import Logbook
+from manifold.kernel.node import NodeSpec, serve
+
+
+def boot(payload: bytes, fds: list[int], liveness_fd: int) -> None:
+    """Become the node that `payload` describes; `fds` is the channel to the supervisor."""
+    spec = msgspec.msgpack.decode(payload, type=NodeSpec)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # before the loop is up: just end
+    logbook = open_log(spec)  # what happens from here on is on record
+    control = socket.socket(fileno=fds[0])  # the supervisor's commands
+    # identity and boot number, membership, geode, scheduler, hyperbus, workers: `Node`
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        status = runner.run(serve(spec, control, liveness_fd, logbook))
+    logging.shutdown()
+    sys.exit(status)
+
+
+def open_log(spec: NodeSpec) -> Logbook:
+    """The log file and its ring; what the process prints itself goes to `console.log`."""
+    folder = Path(spec.state_dir)
+    logbook = Logbook(folder / "node.log")
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    root.addHandler(logbook)
+    console = os.open(folder / "console.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(console, 1)
+    os.dup2(console, 2)
+    os.close(console)
+    return logbook

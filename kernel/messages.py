@@ -1,0 +1,195 @@
+"""System calls of a node: what clients and the supervisor ask it. Each is answered by the type
+named in its docstring, or by a `Failure`.
+
+Interface rules: a client may name another node as the destination; the node it is attached to
+relays. `All…` calls gather from every live node and say who did not answer.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from manifold.kernel.geode.messages import LoadReport
+from manifold.kernel.hyperbus import messages as hyperbus
+from manifold.kernel.membership import messages as membership
+from manifold.kernel.scheduler import messages as scheduler
+from manifold.kernel.scheduler.messages import JobStatus
+from manifold.vm.kid import Kid
+
+LOG_LINES_MAX = 2000
+Text = Annotated[str, Meta(max_length=4096)]
+
+
+class GetNode(msgspec.Struct, frozen=True, array_like=True, tag="n.node"):
+    """Answered by `NodeInfo`."""
+
+
+class NodeInfo(msgspec.Struct, frozen=True, array_like=True, tag="n.info"):
+    """A node as it sees itself, or (pid 0, no load) as another sees one that did not answer."""
+
+    kid: Kid
+    alias: str
+    node_class: str
+    state: str  # ready | suspect | dead | left
+    pid: int
+    boot: int
+    address: str
+    cores: int
+    compute: float
+    memory_bytes: int
+    gpu: bool
+    alive: int  # members it holds for alive, itself included
+    uptime_ms: float
+    throttle: str  # "cgroup" | "pacing" | "none"
+    workers: tuple[int, ...] = ()  # process ids
+    load: LoadReport | None = None
+    bad_messages: int = 0
+
+
+class AllNodes(msgspec.Struct, frozen=True, array_like=True, tag="n.nodes"):
+    """Answered by `NodeList`."""
+
+
+class NodeList(msgspec.Struct, frozen=True, array_like=True, tag="n.nodelist"):
+    nodes: tuple[NodeInfo, ...]
+
+
+class GetInventory(msgspec.Struct, frozen=True, array_like=True, tag="n.inventory"):
+    """Answered by `InventoryText`: what the host is, measured."""
+
+
+class InventoryText(msgspec.Struct, frozen=True, array_like=True, tag="n.inventoryis"):
+    json: str
+
+
+class AllJobs(msgspec.Struct, frozen=True, array_like=True, tag="n.jobs"):
+    """Answered by `JobsList`."""
+
+
+class JobsList(msgspec.Struct, frozen=True, array_like=True, tag="n.joblist"):
+    jobs: tuple[JobStatus, ...]
+    silent: tuple[str, ...]  # aliases that did not answer
+
+
+class GetProcesses(msgspec.Struct, frozen=True, array_like=True, tag="n.ps"):
+    """Answered by `Processes`: what this node's workers compute."""
+
+
+class AllProcesses(msgspec.Struct, frozen=True, array_like=True, tag="n.allps"):
+    """Answered by `Processes`."""
+
+
+class Process(msgspec.Struct, frozen=True, array_like=True):
+    node: str
+    slot: int
+    pid: int
+    job: str
+    shard: int
+    attempt: int
+    first: int
+    last: int
+    running_ms: float
+    program: str
+    state: str  # running | waiting
+
+
+class Processes(msgspec.Struct, frozen=True, array_like=True, tag="n.processes"):
+    processes: tuple[Process, ...]
+    silent: tuple[str, ...] = ()
+
+
+class ReadLog(msgspec.Struct, frozen=True, array_like=True, tag="n.log"):
+    """Answered by `LogLines`: lines after number `after`, the newest where they are too many."""
+
+    after: int = 0
+    contains: Text = ""
+    limit: Annotated[int, Meta(ge=1, le=LOG_LINES_MAX)] = LOG_LINES_MAX
+
+
+class LogLines(msgspec.Struct, frozen=True, array_like=True, tag="n.loglines"):
+    alias: str
+    next: int
+    lines: tuple[str, ...]
+
+
+class SetLink(msgspec.Struct, frozen=True, array_like=True, tag="n.link"):
+    """Answered by `Done`: what happens to messages between this node and `peer` ("*": all)."""
+
+    peer: str
+    drop: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    delay_ms: Annotated[float, Meta(ge=0, le=60_000)] = 0.0
+    cut_to: bool = False
+    cut_from: bool = False
+
+
+class ClearLinks(msgspec.Struct, frozen=True, array_like=True, tag="n.heal"):
+    """Answered by `Done`: every rule of `SetLink` is lifted."""
+
+
+class Done(msgspec.Struct, frozen=True, array_like=True, tag="n.done"):
+    """It was done; `what` says what, for people."""
+
+    what: str = ""
+
+
+class Bye(msgspec.Struct, frozen=True, array_like=True, tag="n.bye"):
+    """A client leaves; no answer."""
+
+
+Message = (
+    GetNode
+    | NodeInfo
+    | AllNodes
+    | NodeList
+    | GetInventory
+    | InventoryText
+    | AllJobs
+    | JobsList
+    | GetProcesses
+    | AllProcesses
+    | Processes
+    | ReadLog
+    | LogLines
+    | SetLink
+    | ClearLinks
+    | Done
+    | Bye
+)
+
+# Every message type that may arrive at a node or a client: the one vocabulary of the bus.
+VOCABULARY: Any = hyperbus.Message | membership.Message | scheduler.Message | Message
+
+
+# -- the supervisor and its nodes, over a socket pair ---------------------------------------------
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag="u.ready"):
+    """The node serves; who it is."""
+
+    kid: Kid
+    boot: int
+    alias: str
+
+
+class Alive(msgspec.Struct, frozen=True, array_like=True, tag="u.alive"):
+    """How many members the node holds for alive, itself included."""
+
+    count: int
+
+
+class ProcessEnded(msgspec.Struct, frozen=True, array_like=True, tag="u.ended"):
+    """The supervisor saw that node's process end."""
+
+    kid: Kid
+    boot: int
+
+
+class Stop(msgspec.Struct, frozen=True, array_like=True, tag="u.stop"):
+    """Leave the cluster in good order and end."""
+
+
+ToSupervisor = Ready | Alive
+FromSupervisor = ProcessEnded | Stop

@@ -1,0 +1,386 @@
+"""The kernel process: sockets and timers in, the pure core in the middle, effects out.
+
+Interface rules: one event loop, and everything here runs on its thread; only durable writes are
+done in another. Effects are carried out in order; those after a `Persist` wait until it is on the
+disk. Invariants: N1 an `AssertionError` (our bug) or a record that cannot be made durable ends
+the process: the supervisor starts a new one with a higher boot number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random, SystemRandom
+from typing import Any
+
+import msgspec
+
+from manifold.kernel import durable, identity
+from manifold.kernel.config import Config
+from manifold.kernel.core import REQUESTS, Core
+from manifold.kernel.effects import Effect, Notify, Persist, Reply, Send, SetTimer
+from manifold.kernel.errors import ManifoldError, Unavailable
+from manifold.kernel.hyperbus.driver import Bus, Incoming
+from manifold.kernel.hyperbus.faults import to_failure
+from manifold.kernel.logbook import Logbook
+from manifold.kernel.membership.messages import (
+    Me,
+    MemberChanged,
+    Refuted,
+    State,
+    Superseded,
+    saved_incarnation,
+)
+from manifold.kernel.messages import (
+    VOCABULARY,
+    Alive,
+    FromSupervisor,
+    ProcessEnded,
+    Ready,
+    Stop,
+)
+from manifold.kernel.process.channel import Channel, Closed
+from manifold.kernel.process.messages import Compute, Fault, Result, WorkerSpec
+from manifold.kernel.process.pool import Pool
+from manifold.kernel.scheduler import blocks
+from manifold.kernel.scheduler.messages import AbortRun, JobEvent, LimitRun, StartRun
+from manifold.kernel.syscalls import SystemCalls
+from manifold.vm.kid import Kid
+
+log = logging.getLogger("manifold.node")
+
+LEAVE_S = 0.3  # after saying goodbye, the time for it to reach others
+LAG_MS_MIN = 50.0  # a timer later than this is worth telling membership
+CLIENT_CHECK_S = 5.0
+
+
+class NodeSpec(msgspec.Struct, frozen=True):
+    """Everything a node is told when it is forked."""
+
+    alias: str
+    node_class: str
+    config: Config
+    state_dir: str
+    address: str
+    seeds: tuple[str, ...]
+    zygote: str
+    cgroup: str
+    cores: int
+    compute: float
+    memory_bytes: int
+    bandwidth_bps: float
+    latency_ms: float
+    gpu: bool
+
+
+class Node:
+    """See the module. `control` is the channel to the supervisor."""
+
+    def __init__(self, spec: NodeSpec, control: socket.socket, logbook: Logbook) -> None:
+        self.spec = spec
+        self.logbook = logbook
+        self.loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[int] = self.loop.create_future()
+        self.started_ms = self.now_ms()
+        self._control: Channel[FromSupervisor] = Channel(control, FromSupervisor)
+        self._timer: asyncio.TimerHandle | None = None
+        self._clients_checked: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._disk = asyncio.Lock()
+        self._alive = 0
+        self._leaving = False
+        folder = Path(spec.state_dir)
+        self.identity = identity.load_identity(folder)
+        self.boot = identity.next_boot(folder)
+        incarnation = saved_incarnation(durable.read_record(folder / "incarnation"))
+        self.core = Core(
+            self._me(), spec.config, Random(SystemRandom().getrandbits(64)),
+            incarnation=incarnation, seeds=spec.seeds,
+        )  # fmt: skip
+        self.bus = Bus(
+            self.identity.kid, self.boot, spec.config.cluster, VOCABULARY, self._arrived,
+            alias=spec.alias,
+        )  # fmt: skip
+        self.pool = Pool(spec.zygote, self._worker_spec(), spec.config.tasks.grace_ms, self)
+        self.calls = SystemCalls(self)
+
+    def _me(self) -> Me:
+        spec = self.spec
+        return Me(
+            self.identity.kid, self.boot, spec.alias, spec.node_class, (spec.address,),
+            spec.cores, spec.compute, spec.memory_bytes, spec.bandwidth_bps, spec.latency_ms,
+            spec.gpu, os.uname().machine,
+        )  # fmt: skip
+
+    def _worker_spec(self) -> WorkerSpec:
+        tasks = self.spec.config.tasks
+        log_path = os.path.join(self.spec.state_dir, "workers.log")
+        return WorkerSpec(
+            self.spec.alias, 0, tasks.memory, tasks.slice_ms, self.spec.compute,
+            self.spec.cgroup, log_path,
+        )  # fmt: skip
+
+    def now_ms(self) -> float:
+        return self.loop.time() * 1000
+
+    # -- life ---------------------------------------------------------------------------------
+
+    def start(self, liveness_fd: int) -> None:
+        """Serve, watch the supervisor, and join."""
+        self.loop.set_exception_handler(self._bug)
+        self.bus.listen(self.spec.address)
+        self.loop.add_reader(liveness_fd, self._orphaned)
+        self.loop.add_reader(self._control.socket, self._commanded)
+        log.info("boot %d of %s (%s)", self.boot, self.spec.alias, self.identity.kid)
+        self._control.post(Ready(self.identity.kid, self.boot, self.spec.alias))
+        self.perform(self.core.start(self.now_ms()))
+        self._tell_alive()
+
+    def _orphaned(self) -> None:
+        self.end(0, "the supervisor is gone")
+
+    def _commanded(self) -> None:
+        try:
+            messages = self._control.take()
+        except Closed:
+            self._orphaned()
+            return
+        for message in messages:
+            match message:
+                case ProcessEnded(kid=kid, boot=boot):
+                    self.perform(self.core.process_ended(kid, boot, self.now_ms()))
+                case Stop():
+                    self.leave()
+
+    def leave(self) -> None:
+        """Tell the others, then end."""
+        if self._leaving:
+            return
+        self._leaving = True
+        self.core.scheduler.runner.cordoned = True
+        self.perform(self.core.leave(self.now_ms()))
+        self.loop.call_later(LEAVE_S, self.end, 0, "left the cluster")
+
+    def end(self, status: int, why: str) -> None:
+        if not self.ended.done():
+            log.info("ends: %s", why)
+            self.ended.set_result(status)
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._clients_checked is not None:
+            self._clients_checked.cancel()
+        for task in self._tasks:
+            task.cancel()
+        self.pool.close()
+        self.bus.close()
+
+    def _bug(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """N1: an exception nobody expected is our bug."""
+        error = context.get("exception")
+        log.critical("a bug: %s", context.get("message"), exc_info=error)
+        self.end(70, "a bug")
+
+    # -- messages -----------------------------------------------------------------------------
+
+    def _arrived(self, incoming: Incoming) -> None:
+        body = incoming.body
+        if incoming.destination and incoming.destination not in (
+            self.identity.kid,
+            self.spec.alias,
+        ):
+            self.run(self.calls.relay(incoming))
+        elif isinstance(body, REQUESTS) and incoming.request:
+            self._requested(incoming)
+        elif self.calls.serves(body):
+            self.calls.serve(incoming)
+        else:
+            self.perform(self.core.receive(Kid(incoming.source), body, self.now_ms()))
+
+    def _requested(self, incoming: Incoming) -> None:
+        self.watch_clients()
+        try:
+            answer, effects = self.core.request(incoming.source, incoming.body, self.now_ms())
+        except ManifoldError as error:
+            if error.code == "not_found" and incoming.source.startswith("C-"):
+                self.run(self.calls.ask_all(incoming, error))
+            else:
+                self.bus.reply(incoming, to_failure(error))
+            return
+        self.bus.reply(incoming, answer)
+        self.perform(effects)
+
+    def run(self, coroutine: Any) -> None:
+        """Run a coroutine of ours to its end; its exception is a bug like any other."""
+        task: asyncio.Task[None] = self.loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._ran)
+
+    def _ran(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._bug(self.loop, {"message": "in a task", "exception": task.exception()})
+
+    # -- effects ------------------------------------------------------------------------------
+
+    def perform(self, effects: Sequence[Effect]) -> None:
+        """Carry effects out, in order."""
+        for effect in effects:  # an address that is news is needed by what is sent with the news
+            if isinstance(effect, Notify) and isinstance(effect.event, MemberChanged):
+                self._learn(effect.event)
+        for at, effect in enumerate(effects):
+            if isinstance(effect, Persist):
+                self.run(self._persist(effect, effects[at + 1 :]))
+                return
+            self._perform_one(effect)
+
+    async def _persist(self, effect: Persist, rest: Sequence[Effect]) -> None:
+        path = Path(self.spec.state_dir) / effect.name
+        try:
+            async with self._disk:  # records reach the disk in the order they were asked for
+                await asyncio.to_thread(durable.write_record, path, effect.record)
+        except ManifoldError as error:
+            log.critical("%s", error)
+            self.end(74, "a record could not be made durable")
+            return
+        self.perform(rest)
+
+    def _perform_one(self, effect: Effect) -> None:
+        match effect:
+            case Send(to=to, message=message, plane=plane):
+                try:
+                    self.bus.send(to, message, plane)
+                except Unavailable:
+                    self.bus.counters["sends_dropped"] += 1  # its protocol will try again
+            case SetTimer(at_ms=at_ms):
+                if self._timer is not None:
+                    self._timer.cancel()
+                self._timer = self.loop.call_at(at_ms / 1000, self._tick, at_ms)
+            case Notify(event=event):
+                self._notified(event)
+            case Persist() | Reply():
+                raise AssertionError("handled elsewhere, or never emitted by the core")
+
+    def _tick(self, due_ms: float) -> None:
+        self._timer = None
+        now_ms = self.now_ms()
+        if now_ms - due_ms > LAG_MS_MIN:
+            self.core.loop_lag(now_ms - due_ms, now_ms)
+        self.perform(self.core.tick(max(now_ms, due_ms)))
+
+    def _notified(self, event: Any) -> None:
+        match event:
+            case StartRun():
+                self._start_run(event)
+            case LimitRun(worker=slot, run=run, last=last):
+                self.pool.limit(slot, run, last)
+            case AbortRun(worker=slot, run=run):
+                self.pool.abort(slot, run)
+            case MemberChanged(member=member, previous_state=previous):
+                before = previous.name.lower() if previous is not None else "unknown"
+                log.info(
+                    "%s (%s, boot %d): %s -> %s", member.meta.alias, member.kid[:10],
+                    member.boot, before, member.state.name.lower(),
+                )  # fmt: skip
+                self._tell_alive()
+            case JobEvent(what=what, job=job, detail=detail):
+                log.info("job %s %s: %s", job, what, detail)
+            case Refuted(by=by):
+                log.warning("somebody (%s) held us for dead; refuted", by[:10])
+            case Superseded(boot=boot):
+                self.end(75, f"another process with our key has boot {boot}")
+
+    def _learn(self, change: MemberChanged) -> None:
+        member = change.member
+        if member.kid == self.identity.kid:
+            return
+        if member.state in (State.ALIVE, State.SUSPECT):
+            if member.meta.addresses:
+                self.bus.learn(member.kid, member.meta.addresses[0])
+        else:
+            self.bus.forget(member.kid)
+
+    def _tell_alive(self) -> None:
+        count = sum(m.state in (State.ALIVE, State.SUSPECT) for m in self.core.membership.members())
+        if count != self._alive:
+            self._alive = count
+            self._control.post(Alive(count))
+
+    # -- workers ------------------------------------------------------------------------------
+
+    def _start_run(self, start: StartRun) -> None:
+        spec = start.spec
+        self.pool.compute(
+            start.worker,
+            Compute(
+                start.run, spec.program, start.ir, spec.reduce, spec.arguments, spec.isolate,
+                spec.lo, spec.hi, blocks.block_indices(spec), start.first, start.last,
+                spec.indices[start.first : start.last],
+            ),
+        )  # fmt: skip
+
+    def run_blocks(
+        self, slot: int, run: int, first: int, results: Sequence[Result], gas: float, busy_ms: float
+    ) -> None:
+        now_ms = self.now_ms()
+        self.perform(self.core.run_blocks(slot, run, first, results, gas, busy_ms, now_ms))
+
+    def run_limited(self, slot: int, run: int, last: int) -> None:
+        self.perform(self.core.run_limited(slot, run, last, self.now_ms()))
+
+    def run_ended(self, slot: int, run: int, fault: Fault | None) -> None:
+        self.perform(self.core.run_ended(slot, run, fault, self.now_ms()))
+
+    def slot_lost(self, slot: int, reason: str) -> None:
+        log.warning("slot %d: %s", slot, reason)
+        self.perform(self.core.slot_lost(slot, reason, self.now_ms()))
+
+    # -- clients ------------------------------------------------------------------------------
+
+    def watch_clients(self) -> None:
+        """See to it that clients who die without a goodbye are forgotten."""
+        if self._clients_checked is None:
+            self._clients_checked = self.loop.call_later(CLIENT_CHECK_S, self._check_clients)
+
+    def _check_clients(self) -> None:
+        self._clients_checked = None
+        left = 0
+        for client, address in self.bus.clients():
+            if _answers(address):
+                left += 1
+                continue
+            self.bus.forget(client)
+            with contextlib.suppress(OSError):
+                os.unlink(address.removeprefix("ipc://") + ".c")
+        if left:
+            self.watch_clients()
+
+
+def _answers(address: str) -> bool:
+    """Whether somebody listens at a client's socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.settimeout(0.05)
+            probe.connect(address.removeprefix("ipc://") + ".c")
+        except OSError:
+            return False
+    return True
+
+
+async def serve(spec: NodeSpec, control: socket.socket, liveness_fd: int, logbook: Logbook) -> int:
+    """Run a node until it ends; its exit status."""
+    control.setblocking(False)
+    node = Node(spec, control, logbook)
+    try:
+        node.start(liveness_fd)
+        return await node.ended
+    finally:
+        node.close()
+        sys.stdout.flush()

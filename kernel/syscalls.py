@@ -1,0 +1,236 @@
+"""The node's system calls: what it answers about itself, and what it gathers from the others.
+
+Interface rules: `serve` answers at once or starts a coroutine of the node's; every gathering has a
+deadline, after which the silent are named instead of waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from manifold.kernel import messages as m
+from manifold.kernel.errors import ManifoldError, NotFound
+from manifold.kernel.hyperbus.driver import Incoming
+from manifold.kernel.hyperbus.faults import to_failure
+from manifold.kernel.hyperbus.filter import Link
+from manifold.kernel.inventory import inventory
+from manifold.kernel.membership.messages import Member, State
+from manifold.kernel.scheduler.messages import JobList, ListJobs
+from manifold.vm.kid import Kid
+
+if TYPE_CHECKING:
+    from manifold.kernel.node import Node
+
+GATHER_MS = 1000.0  # how long the others have to answer
+_STATES = {
+    State.ALIVE: "ready",
+    State.SUSPECT: "suspect",
+    State.DEAD: "dead",
+    State.LEFT: "left",
+}
+_ASKED = (
+    m.GetNode,
+    m.AllNodes,
+    m.GetInventory,
+    m.AllJobs,
+    m.GetProcesses,
+    m.AllProcesses,
+    m.ReadLog,
+    m.SetLink,
+    m.ClearLinks,
+    m.Bye,
+)
+
+
+class SystemCalls:
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def serves(self, body: Any) -> bool:
+        return isinstance(body, _ASKED)
+
+    def serve(self, incoming: Incoming) -> None:
+        """Answer, now or when everybody was heard."""
+        node = self._node
+        match incoming.body:
+            case m.GetNode():
+                node.bus.reply(incoming, self.info())
+            case m.AllNodes():
+                node.run(self._all_nodes(incoming))
+            case m.GetInventory():
+                node.run(self._inventory(incoming))
+            case m.AllJobs():
+                node.run(self._all_jobs(incoming))
+            case m.GetProcesses():
+                node.bus.reply(incoming, m.Processes(self.processes()))
+            case m.AllProcesses():
+                node.run(self._all_processes(incoming))
+            case m.ReadLog(after=after, contains=contains, limit=limit):
+                number, lines = node.logbook.read(after, contains, limit)
+                node.bus.reply(incoming, m.LogLines(node.spec.alias, number, tuple(lines)))
+            case m.SetLink() as rule:
+                self._set_link(incoming, rule)
+            case m.ClearLinks():
+                node.bus.filter.clear()
+                node.bus.reply(incoming, m.Done("every link is whole"))
+            case m.Bye():
+                node.bus.forget(incoming.source)
+
+    def info(self) -> m.NodeInfo:
+        """This node, as it sees itself."""
+        node = self._node
+        spec = node.spec
+        members = node.core.membership.members()
+        throttle = "cgroup" if spec.cgroup else "pacing" if spec.compute < 1.0 else "none"
+        return m.NodeInfo(
+            node.identity.kid, spec.alias, spec.node_class, "ready", os.getpid(), node.boot,
+            spec.address, spec.cores, spec.compute, spec.memory_bytes, spec.gpu,
+            sum(member.state in (State.ALIVE, State.SUSPECT) for member in members),
+            node.now_ms() - node.started_ms, throttle, tuple(node.pool.pids().values()),
+            node.core.scheduler.runner.load(), node.bus.counters["bad"],
+        )  # fmt: skip
+
+    def processes(self) -> tuple[m.Process, ...]:
+        """What this node's workers compute, and what waits for one."""
+        node = self._node
+        runner = node.core.scheduler.runner
+        pids = node.pool.pids()
+        now_ms = node.now_ms()
+        running = [
+            m.Process(
+                node.spec.alias, slot, pids.get(slot, 0), a.job, a.shard, a.attempt, a.next,
+                a.last, now_ms - a.run_since_ms, a.spec.name or a.spec.program, "running",
+            )
+            for slot, a in runner.running()
+        ]  # fmt: skip
+        waiting = [
+            m.Process(
+                node.spec.alias, -1, 0, a.job, a.shard, a.attempt, a.next, a.last, 0.0,
+                a.spec.name or a.spec.program, "waiting",
+            )
+            for a in runner.waiting()
+        ]  # fmt: skip
+        return (*running, *waiting)
+
+    def _set_link(self, incoming: Incoming, rule: m.SetLink) -> None:
+        peer = rule.peer
+        if peer != "*":
+            member = self._find(peer)
+            if member is None:
+                error = NotFound(f"No node {peer} is known here.", "`manifold node ls` lists them.")
+                self._node.bus.reply(incoming, to_failure(error))
+                return
+            peer = member.kid
+        link = Link(rule.drop, rule.delay_ms, rule.cut_to, rule.cut_from)
+        self._node.bus.filter.set(peer, link)
+        self._node.bus.reply(incoming, m.Done(f"link to {rule.peer} set"))
+
+    # -- the others ---------------------------------------------------------------------------
+
+    def _others(self) -> list[Member]:
+        me = self._node.identity.kid
+        return [
+            member
+            for member in self._node.core.membership.members()
+            if member.kid != me and member.state in (State.ALIVE, State.SUSPECT)
+        ]
+
+    def _find(self, name: str) -> Member | None:
+        for member in self._node.core.membership.members():
+            if name in (member.kid, member.meta.alias) and member.state != State.LEFT:
+                return member
+        return None
+
+    async def _ask(self, members: list[Member], body: msgspec.Struct) -> list[Any]:
+        """Everybody's answer, in order; an exception where there was none."""
+        asked = []
+        for member in members:
+            try:
+                asked.append(self._node.bus.request(member.kid, body, GATHER_MS))
+            except ManifoldError as error:
+                failed = self._node.loop.create_future()
+                failed.set_exception(error)
+                asked.append(failed)
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    async def _all_nodes(self, incoming: Incoming) -> None:
+        others = self._others()
+        answers = await self._ask(others, m.GetNode())
+        found = {self._node.identity.kid: self.info()}
+        for member in self._node.core.membership.members():
+            found.setdefault(member.kid, _as_seen(member))
+        for member, answer in zip(others, answers, strict=True):
+            if isinstance(answer, m.NodeInfo):
+                state = self._node.core.membership.get(member.kid)
+                seen = _STATES[state.state] if state is not None else "left"
+                found[member.kid] = msgspec.structs.replace(answer, state=seen)
+        nodes = sorted(found.values(), key=lambda info: info.alias)
+        self._node.bus.reply(incoming, m.NodeList(tuple(nodes)))
+
+    async def _all_jobs(self, incoming: Incoming) -> None:
+        others = self._others()
+        answers = await self._ask(others, ListJobs())
+        own, _ = self._node.core.request(incoming.source, ListJobs(), self._node.now_ms())
+        assert isinstance(own, JobList)
+        jobs = list(own.jobs)
+        silent = []
+        for member, answer in zip(others, answers, strict=True):
+            if isinstance(answer, JobList):
+                jobs += answer.jobs
+            else:
+                silent.append(member.meta.alias)
+        self._node.bus.reply(incoming, m.JobsList(tuple(jobs), tuple(silent)))
+
+    async def _all_processes(self, incoming: Incoming) -> None:
+        others = self._others()
+        answers = await self._ask(others, m.GetProcesses())
+        found = list(self.processes())
+        silent = []
+        for member, answer in zip(others, answers, strict=True):
+            if isinstance(answer, m.Processes):
+                found += answer.processes
+            else:
+                silent.append(member.meta.alias)
+        self._node.bus.reply(incoming, m.Processes(tuple(found), tuple(silent)))
+
+    async def _inventory(self, incoming: Incoming) -> None:
+        host = await asyncio.to_thread(inventory)
+        text = msgspec.json.encode(host).decode()
+        self._node.bus.reply(incoming, m.InventoryText(text))
+
+    async def relay(self, incoming: Incoming) -> None:
+        """Pass a request on to the node it is for, and its answer back."""
+        member = self._find(incoming.destination)
+        try:
+            if member is None:
+                raise NotFound(
+                    f"No node {incoming.destination} is known.", "`manifold node ls` lists them."
+                )
+            answer = await self._node.bus.request(member.kid, incoming.body, GATHER_MS * 5)
+        except ManifoldError as error:
+            self._node.bus.reply(incoming, to_failure(error))
+            return
+        self._node.bus.reply(incoming, answer)
+
+    async def ask_all(self, incoming: Incoming, otherwise: ManifoldError) -> None:
+        """A client asks about a job we do not own: whoever owns it answers."""
+        answers = await self._ask(self._others(), incoming.body)
+        for answer in answers:
+            if isinstance(answer, msgspec.Struct):
+                self._node.bus.reply(incoming, answer)
+                return
+        self._node.bus.reply(incoming, to_failure(otherwise))
+
+
+def _as_seen(member: Member) -> m.NodeInfo:
+    """A node that did not answer, as membership sees it."""
+    meta = member.meta
+    return m.NodeInfo(
+        Kid(member.kid), meta.alias, meta.node_class, _STATES[member.state], 0, member.boot,
+        meta.addresses[0] if meta.addresses else "", meta.cores, meta.compute, meta.memory_bytes,
+        meta.gpu, 0, 0.0, "",
+    )  # fmt: skip
