@@ -1,0 +1,39 @@
+"""The table of verbs: name -> where it is defined and what it says in `manifold --help`.
+
+A verb is defined once, as a click command; its module is imported when the verb is used, which
+keeps `manifold ps` fast. Verbs of a higher floor (tools, images) are named here and live there.
+"""
+
+from __future__ import annotations
+
+# Group of verbs, for the help page: verb -> (module:attribute, one line)
+GROUPS: dict[str, dict[str, tuple[str, str]]] = {
+    "cluster": {
+        "up": ("manifold.tools.emulator.verbs:up", "Start a cluster on this machine."),
+        "down": ("manifold.tools.emulator.verbs:down", "End it; nothing is left behind."),
+        "status": ("manifold.shells.verbs.cluster:status", "How the cluster is."),
+        "agent": ("manifold.tools.emulator.verbs:agent", "Run one node in the foreground."),
+        "node": ("manifold.shells.verbs.cluster:node", "Nodes: ls, inspect."),
+    },
+    "work": {
+        "run": ("manifold.shells.verbs.work:run", "Run a program over a range of indices."),
+        "jobs": ("manifold.shells.verbs.work:jobs", "Jobs that run or ran."),
+        "ps": ("manifold.shells.verbs.work:ps", "What every worker computes now."),
+        "kill": ("manifold.shells.verbs.work:kill", "Cancel a job."),
+        "why": ("manifold.shells.verbs.work:why", "Why a job's shards went where they went."),
+    },
+    "programs": {
+        "asm": ("manifold.shells.verbs.programs:asm", "Assemble and verify a program."),
+        "disasm": ("manifold.shells.verbs.programs:disasm", "Show a program's instructions."),
+    },
+    "observe": {
+        "logs": ("manifold.shells.verbs.observe:logs", "Logs of every node, in order of time."),
+        "sim": ("manifold.tools.simulator.verbs:sim", "Simulate a cluster from a seed."),
+        "bench": ("manifold.tools.bench.verbs:bench", "Measure, against peers and limits."),
+        "completion": ("manifold.shells.verbs.shell:completion", "Completion for your shell."),
+        "version": ("manifold.shells.verbs.shell:version", "Versions of what runs here."),
+    },
+}
+VERBS: dict[str, tuple[str, str]] = {
+    name: entry for group in GROUPS.values() for name, entry in group.items()
+}

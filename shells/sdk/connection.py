@@ -1,0 +1,174 @@
+"""A client's connection: a bus of its own on a background thread, attached to one node.
+
+Interface rules: `call` runs a coroutine function on the thread and waits; what is in `Connection`
+otherwise runs on the thread. When the node it is attached to is gone it attaches to another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import threading
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import uvloop
+
+from manifold.kernel import places
+from manifold.kernel.errors import ManifoldError, NoCluster, Unavailable
+from manifold.kernel.hyperbus.door import knock
+from manifold.kernel.hyperbus.driver import Bus, Incoming
+from manifold.kernel.hyperbus.messages import CLIENT_PREFIX, VERSION, Hello, Welcome
+from manifold.kernel.messages import VOCABULARY, Bye
+
+DOOR_TIMEOUT_MS = 1000.0
+REQUEST_TIMEOUT_MS = 10_000.0
+
+T = TypeVar("T")
+
+
+def doors(cluster: str, environ: Mapping[str, str]) -> list[str]:
+    """The addresses of nodes of `cluster` that have a door on this host."""
+    runtime = places.runtime_path(cluster, environ)
+    if not runtime.is_dir():
+        return []
+    places.check_private(runtime)
+    return [f"ipc://{str(path)[:-2]}" for path in sorted(runtime.glob("*.d"))]
+
+
+class Connection:
+    """See the module. `on_push` is called on the thread with what nodes send unasked."""
+
+    def __init__(
+        self,
+        cluster: str,
+        environ: Mapping[str, str],
+        on_push: Callable[[Any], None],
+        node: str = "",
+    ) -> None:
+        self.cluster = cluster
+        self.identity = CLIENT_PREFIX + secrets.token_hex(8)
+        self._environ = environ
+        self._on_push = on_push
+        self._node = node
+        self._address = ""
+        self._closing = False
+        self.attached: Welcome | None = None
+        self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self._serve, name="manifold-client", daemon=True)
+        self._thread.start()
+        try:
+            self.call(self._open())
+        except BaseException:
+            self.close()
+            raise
+
+    def _serve(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+
+    async def _open(self) -> None:
+        self._address = f"ipc://{self._runtime() / ('c' + self.identity[2:])}"
+        self.bus = Bus(self.identity, os.getpid(), self.cluster, VOCABULARY, self._arrived)
+        await self.attach()
+
+    def _runtime(self) -> Path:
+        runtime = places.runtime_path(self.cluster, self._environ)
+        if not runtime.is_dir():
+            raise NoCluster(
+                f"Cluster {self.cluster!r} is not running here.",
+                "Start it with `manifold up`, or name another with --cluster.",
+            )
+        return runtime
+
+    async def attach(self, avoid: str = "") -> Welcome:
+        """Find a node that answers, and make it ours. `avoid` is asked last."""
+        candidates = doors(self.cluster, self._environ)
+        if self._node:
+            candidates = [a for a in candidates if a.endswith("/" + self._node)] or candidates
+        candidates.sort(key=lambda address: address == avoid)
+        if not self.attached:
+            self.bus.listen_client(self._address)
+        error: ManifoldError = NoCluster(
+            f"Cluster {self.cluster!r} is not running here.",
+            "Start it with `manifold up`, or name another with --cluster.",
+        )
+        for address in candidates:
+            hello = Hello(VERSION, self.cluster, self.identity, os.getpid(), self._address)
+            try:
+                welcome = await asyncio.to_thread(knock, address, hello, DOOR_TIMEOUT_MS)
+            except ManifoldError as refused:
+                error = refused
+                continue
+            self.attached = welcome
+            self.bus.learn(welcome.source, welcome.address)
+            return welcome
+        raise error
+
+    async def request(
+        self,
+        body: msgspec.Struct,
+        timeout_ms: float = REQUEST_TIMEOUT_MS,
+        destination: str = "",
+    ) -> Any:
+        """Ask the node we are attached to (or, through it, another)."""
+        if self.attached is None:
+            await self.attach()
+        assert self.attached is not None
+        if destination in (self.attached.alias, self.attached.source):
+            destination = ""
+        return await self.bus.request(
+            self.attached.source, body, timeout_ms, destination=destination
+        )
+
+    async def lives(self) -> bool:
+        """Whether the node we are attached to still answers at its door."""
+        if self.attached is None:
+            return False
+        hello = Hello(VERSION, self.cluster, self.identity, os.getpid(), self._address)
+        try:
+            welcome = await asyncio.to_thread(knock, self.attached.address, hello, DOOR_TIMEOUT_MS)
+        except ManifoldError:
+            return False
+        return welcome.source == self.attached.source and welcome.boot == self.attached.boot
+
+    def _arrived(self, incoming: Incoming) -> None:
+        self._on_push(incoming.body)
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run `coroutine` on the thread and wait for its result."""
+        if self._closing:
+            coroutine.close()
+            raise Unavailable("This client is closed.", "Connect again.")
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """Say goodbye and end the thread."""
+        if self._closing:
+            return
+        with contextlib.suppress(ManifoldError):
+            self.call(self._leave())
+        self._closing = True
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+    async def _leave(self) -> None:
+        await self.loop.shutdown_default_executor()
+        if not hasattr(self, "bus"):
+            return
+        if self.attached is not None:
+            with contextlib.suppress(ManifoldError):
+                self.bus.send(self.attached.source, Bye())
+            await asyncio.sleep(0)  # one turn of the loop: the goodbye leaves
+        self.bus.close()
+        Path(self._address.removeprefix("ipc://") + ".c").unlink(missing_ok=True)

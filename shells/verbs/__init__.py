@@ -1,0 +1,1 @@
+"""The verbs, each defined once, for the command line and every later shell."""

@@ -1,0 +1,119 @@
+"""`status` and `node`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+import msgspec
+
+from manifold.kernel import messages as m
+from manifold.shells.verbs.common import (
+    cluster_name,
+    connect,
+    human_bytes,
+    human_ms,
+    json_option,
+    print_json,
+    print_table,
+)
+
+
+@click.command()
+@json_option
+@click.pass_context
+def status(context: click.Context, as_json: bool) -> None:
+    """How the cluster is: nodes, workers, jobs."""
+    with connect(context) as client:
+        nodes = client.nodes()
+        jobs = client.jobs().jobs
+    states = [node.state for node in nodes]
+    running = [job for job in jobs if job.state == "running"]
+    found = {
+        "cluster": cluster_name(context),
+        "nodes": len(nodes),
+        "ready": states.count("ready"),
+        "suspect": states.count("suspect"),
+        "dead": states.count("dead"),
+        "slots": sum(node.cores for node in nodes if node.state == "ready"),
+        "workers": sum(len(node.workers) for node in nodes),
+        "jobs_running": len(running),
+        "jobs_known": len(jobs),
+        "converged": all(n.alive == states.count("ready") for n in nodes if n.state == "ready"),
+        "uptime_ms": max((node.uptime_ms for node in nodes), default=0.0),
+    }
+    if as_json:
+        print_json(found)
+        return
+    converged = "converged" if found["converged"] else "not converged"
+    uptime = human_ms(max((n.uptime_ms for n in nodes), default=0.0))
+    ready = f"{found['ready']} of {found['nodes']} nodes ready"
+    click.echo(f"cluster {found['cluster']}: {ready}, {converged}, up {uptime}")
+    click.echo(f"workers: {found['workers']} processes for {found['slots']} slots")
+    click.echo(f"jobs: {found['jobs_running']} running, {found['jobs_known']} known")
+    lost = [node.alias for node in nodes if node.state in ("suspect", "dead")]
+    if lost:
+        click.secho(f"not well: {', '.join(lost)}", fg="yellow")
+
+
+@click.group()
+def node() -> None:
+    """Nodes of the cluster."""
+
+
+@node.command("ls")
+@json_option
+@click.pass_context
+def node_ls(context: click.Context, as_json: bool) -> None:
+    """Every node that is known, with its class, state and load."""
+    with connect(context) as client:
+        nodes = client.nodes()
+    if as_json:
+        print_json([as_dict(each) for each in nodes])
+        return
+    print_table(
+        ["alias", "id", "class", "state", "pid", "slots", "busy", "core", "memory", "sees", "up"],
+        [
+            (
+                n.alias, n.kid[:10], n.node_class, n.state, n.pid or None, n.cores,
+                n.load.slots - n.load.free_slots if n.load else None, n.compute,
+                human_bytes(n.memory_bytes), n.alive or None,
+                human_ms(n.uptime_ms) if n.pid else None,
+            )
+            for n in nodes
+        ],
+    )  # fmt: skip
+
+
+def as_dict(node: m.NodeInfo) -> dict[str, object]:
+    """A node for `--json`: `id`, `alias`, `class`, `state`, `pid`, `address`, `load`, and more."""
+    plain = msgspec.to_builtins(node)
+    assert isinstance(plain, list)
+    found: dict[str, object] = dict(zip(node.__struct_fields__, plain[1:], strict=False))
+    found["id"] = found.pop("kid")
+    found["class"] = found.pop("node_class")
+    found["pid"] = node.pid or None
+    if node.load is not None:
+        found["load"] = {name: getattr(node.load, name) for name in node.load.__struct_fields__}
+    return found
+
+
+@node.command("inspect")
+@click.argument("alias")
+@json_option
+@click.pass_context
+def node_inspect(context: click.Context, alias: str, as_json: bool) -> None:
+    """What a node says of itself, and what the host it runs on is."""
+    with connect(context) as client:
+        found = as_dict(client.ask(m.GetNode(), alias))
+        found["host"] = json.loads(client.ask(m.GetInventory(), alias).json)
+    if as_json:
+        print_json(found)
+        return
+    for name, value in found.items():
+        if not isinstance(value, dict):
+            click.echo(f"{name + ':':14}{value}")
+            continue
+        click.echo(f"{name}:")
+        for inner, each in value.items():
+            click.echo(f"  {inner + ':':18}{each}")

@@ -1,0 +1,141 @@
+"""What verbs share: which cluster, how to print, how to show progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from manifold.kernel.config import load
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def cluster_name(context: click.Context) -> str:
+    """`--cluster`, else $MANIFOLD_CLUSTER, else the folder's `manifold.yaml`, else `default`."""
+    root = context.find_root().obj or {}
+    named = root.get("cluster") or os.environ.get("MANIFOLD_CLUSTER", "")
+    if named:
+        return str(named)
+    path = config_path("")
+    return load(path, os.environ).cluster if path is not None else "default"
+
+
+def config_path(flag: str) -> Path | None:
+    """`--config`, else $MANIFOLD_CONFIG, else the folder's `manifold.yaml`, else the packaged."""
+    chosen = flag or os.environ.get("MANIFOLD_CONFIG", "")
+    if chosen:
+        return Path(chosen)
+    here = Path("manifold.yaml")
+    return here if here.is_file() else None
+
+
+def connect(context: click.Context, node: str = "") -> Any:
+    """A client of the cluster that the command line names."""
+    from manifold.shells.sdk.client import Client
+
+    return Client(cluster_name(context), node=node)
+
+
+def print_json(value: Any) -> None:
+    """JSON on one line; what JSON cannot say (NaN, infinities) becomes null."""
+    import msgspec
+
+    sys.stdout.write(_wide_json(value) if _has_wide(value) else msgspec.json.encode(value).decode())
+    sys.stdout.write("\n")
+
+
+def _has_wide(value: Any) -> bool:
+    """Whether there is an integer beyond 64 bits, which only the standard encoder takes."""
+    if isinstance(value, dict):
+        return any(_has_wide(each) for each in value.values())
+    return isinstance(value, int) and not -(1 << 63) <= value < 1 << 63
+
+
+def _wide_json(value: Any) -> str:
+    return json.dumps(value)
+
+
+def print_table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Columns as wide as their widest cell; numbers to the right."""
+    listed = [[_cell(value) for value in row] for row in rows]
+    widths = [
+        max([len(title), *(len(row[at]) for row in listed)]) for at, title in enumerate(titles)
+    ]
+    right = [bool(listed) and all(_numeric(row[at]) for row in listed) for at in range(len(titles))]
+    header = "  ".join(_pad(t.upper(), w, r) for t, w, r in zip(titles, widths, right, strict=True))
+    click.echo(click.style(header.rstrip(), bold=True))
+    for row in listed:
+        line = "  ".join(_pad(c, w, r) for c, w, r in zip(row, widths, right, strict=True))
+        click.echo(line.rstrip())
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None or value == "" else str(value)
+
+
+def _numeric(text: str) -> bool:
+    return text == "-" or text.replace(".", "", 1).replace("e+", "", 1).isdigit()
+
+
+def _pad(text: str, width: int, right: bool) -> str:
+    return text.rjust(width) if right else text.ljust(width)
+
+
+def human_bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("the last unit takes everything")
+
+
+def human_ms(milliseconds: float) -> str:
+    if milliseconds < 1000:
+        return f"{milliseconds:.0f} ms"
+    seconds = milliseconds / 1000
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+class ProgressBar:
+    """One line on a terminal that is redrawn; nothing at all elsewhere."""
+
+    WIDTH = 30
+
+    def __init__(self) -> None:
+        self._shown = False
+        self._enabled = sys.stderr.isatty()
+
+    def __call__(self, future: Any) -> None:
+        progress = future.progress()
+        if progress is None or not progress.total or not self._enabled:
+            return
+        share = progress.done / progress.total
+        filled = int(share * self.WIDTH)
+        bar = "#" * filled + "." * (self.WIDTH - filled)
+        rate = progress.done / max(progress.elapsed_ms, 1) * 1000
+        left_ms = (progress.total - progress.done) / rate * 1000 if rate else 0.0
+        retries = f"  {progress.retries} retries" if progress.retries else ""
+        sys.stderr.write(
+            f"\r[{bar}] {share:4.0%}  {rate:,.0f}/s  {human_ms(left_ms)} left{retries}\x1b[K"
+        )
+        sys.stderr.flush()
+        self._shown = True
+
+    def clear(self) -> None:
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()

@@ -1,0 +1,39 @@
+"""`completion` and `version`."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import click
+from click.shell_completion import get_completion_class
+
+from manifold import __version__
+from manifold.shells.verbs.common import json_option, print_json
+
+PARTS = ("pynng", "msgspec", "wasmtime", "numpy", "cryptography", "uvloop")
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion(context: click.Context, shell: str) -> None:
+    """Print completion for SHELL; put `eval "$(manifold completion bash)"` in its start-up file."""
+    kind = get_completion_class(shell)
+    assert kind is not None, "click knows every shell of the choice above"
+    root = context.find_root().command
+    click.echo(kind(root, {}, "manifold", "_MANIFOLD_COMPLETE").source())
+
+
+@click.command()
+@json_option
+def version(as_json: bool) -> None:
+    """Versions of Manifold, of Python and of what it stands on."""
+    found = {"manifold": __version__, "python": platform.python_version()}
+    found |= {name: metadata.version(name) for name in PARTS}
+    found["machine"] = f"{platform.system()} {platform.release()} {platform.machine()}"
+    if as_json:
+        print_json(found)
+        return
+    for name, value in found.items():
+        click.echo(f"{name + ':':14}{value}")

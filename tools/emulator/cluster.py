@@ -1,0 +1,79 @@
+"""An emulated cluster: from a configuration to the specifications of its nodes, and back down.
+
+Interface rules: `up` is what `manifold up` and the test fixture call; it returns a supervisor that
+is running. `down` ends whatever supervises a cluster and returns once nothing of it is left.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from manifold.kernel import places
+from manifold.kernel.config import Config, NodeClass
+from manifold.kernel.node import NodeSpec
+from manifold.kernel.process import throttle
+from manifold.tools.emulator import record
+from manifold.tools.emulator.supervisor import Supervisor, refuse_taken
+
+
+def node_spec(
+    config: Config,
+    alias: str,
+    kind: NodeClass,
+    runtime: Path,
+    seeds: tuple[str, ...],
+    environ: Mapping[str, str],
+    zygote: str,
+) -> NodeSpec:
+    """The specification of one node on this host."""
+    group = f"{runtime.name}/{alias}"
+    cores = kind.cores * kind.compute
+    cgroup = throttle.prepare(group, cores) if kind.compute < 1.0 else ""
+    address = f"ipc://{places.ipc_path(runtime, alias)}"
+    return NodeSpec(
+        alias, kind.name, config, str(places.state_dir(config.cluster, alias, environ)), address,
+        seeds, zygote, cgroup, kind.cores, kind.compute, kind.memory, kind.bandwidth, kind.latency,
+        kind.gpu,
+    )  # fmt: skip
+
+
+async def up(
+    config: Config,
+    count: int,
+    environ: Mapping[str, str],
+    on_event: Callable[[str], None],
+) -> Supervisor:
+    """Start `count` nodes spread over the classes. `Refused` where the cluster is up already."""
+    runtime = places.runtime_path(config.cluster, environ)
+    lock = record.Lock(places.cluster_dir(config.cluster, environ))
+    refuse_taken(lock, count, runtime)
+    shutil.rmtree(runtime, ignore_errors=True)  # a supervisor that was killed may have left it
+    runtime = places.runtime_dir(config.cluster, environ)
+    members = config.spread(count)
+    seeds = tuple(f"ipc://{places.ipc_path(runtime, alias)}" for alias, _ in members)
+    zygote = str(runtime / "zygote")
+    specs = [
+        node_spec(config, alias, kind, runtime, seeds, environ, zygote) for alias, kind in members
+    ]
+    for spec in specs:
+        Path(spec.state_dir).mkdir(parents=True, exist_ok=True, mode=0o700)
+    supervisor = Supervisor(specs, runtime, lock, on_event=on_event)
+    await supervisor.start()
+    return supervisor
+
+
+def down(cluster: str, environ: Mapping[str, str]) -> bool:
+    """End the cluster; False where none was up. What a killed supervisor left is removed."""
+    folder = places.cluster_dir(cluster, environ)
+    found = record.holder(folder)
+    if found is not None and record.signal_holder(found, signal.SIGTERM):
+        record.wait_released(folder)
+        return True
+    runtime = places.runtime_path(cluster, environ)
+    if os.path.isdir(runtime):
+        shutil.rmtree(runtime, ignore_errors=True)
+    return False

@@ -1,0 +1,290 @@
+"""The supervisor: starts the zygote and the nodes of one host, watches them, takes them down.
+
+Interface rules: `Supervisor.start`, then `run` until `stop` is called or every node was told to go.
+It opens no nng socket itself. It alone holds the write end of the liveness pipe: when it ends, in
+whatever way, every process of the cluster ends too and the zygote removes the runtime directory.
+Invariants: U1 one supervisor per cluster (a lock); U2 a node that dies is started again, with a
+back-off that grows while it keeps dying; U3 what it signals is named by a pidfd, never by a number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from manifold.kernel.errors import ManifoldError, Refused, Unavailable
+from manifold.kernel.messages import Alive, ProcessEnded, Ready, Stop, ToSupervisor
+from manifold.kernel.node import NodeSpec
+from manifold.kernel.process import throttle
+from manifold.kernel.process.channel import Channel, Closed
+from manifold.kernel.process.zygote import read_forked, request_fork
+from manifold.tools.emulator.record import Lock
+
+log = logging.getLogger("manifold.supervisor")
+
+PRELOAD = ("manifold.kernel.main", "manifold.kernel.process.worker")
+NODE_ENTRY = "manifold.kernel.main:boot"
+BACKOFF_S_MIN = 0.1
+BACKOFF_S_MAX = 10.0
+STEADY_S = 5.0  # a node that lived so long starts again without delay
+STOP_S = 2.0  # nodes have this long to leave; then they are killed
+ZYGOTE_S = 10.0
+
+
+@dataclass(slots=True)
+class Watched:
+    """One node and the process it has at present."""
+
+    spec: NodeSpec
+    pid: int = 0
+    pidfd: int = -1
+    channel: Channel[ToSupervisor] | None = None
+    ready: Ready | None = None
+    alive: int = 0
+    started_s: float = 0.0
+    backoff_s: float = BACKOFF_S_MIN
+    restarts: int = 0
+
+
+@dataclass(slots=True)
+class Supervisor:
+    """Of `specs` in `runtime_dir`. `whole_dir`: the directory is ours alone and goes with us."""
+
+    specs: list[NodeSpec]
+    runtime_dir: Path
+    lock: Lock
+    whole_dir: bool = True
+    on_event: Callable[[str], None] = log.info
+    nodes: dict[str, Watched] = field(default_factory=dict)
+    stopping: bool = False
+    _ended: asyncio.Event = field(default_factory=asyncio.Event)
+    _gone: asyncio.Event = field(default_factory=asyncio.Event)  # a node ended while stopping
+    _converged: asyncio.Event = field(default_factory=asyncio.Event)
+    _liveness_write: int = -1
+    _zygote: subprocess.Popen[bytes] | None = None
+    _zygote_fd: int = -1
+
+    # -- life ---------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Everything up; returns once every node was forked (not yet converged)."""
+        self._zygote_path.unlink(missing_ok=True)
+        self._start_zygote()
+        for spec in self.specs:
+            self.nodes[spec.alias] = Watched(spec)
+            await self._fork(self.nodes[spec.alias])
+
+    @property
+    def _zygote_path(self) -> Path:
+        return Path(self.specs[0].zygote)
+
+    def _start_zygote(self) -> None:
+        liveness_read, self._liveness_write = os.pipe()
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind(str(self._zygote_path))
+        listener.listen(64)
+        doomed = str(self.runtime_dir) if self.whole_dir else ""
+        arguments = [str(listener.fileno()), str(liveness_read), doomed, *PRELOAD]
+        self._zygote = subprocess.Popen(
+            [sys.executable, "-m", "manifold.kernel.process.zygote", *arguments],
+            pass_fds=(listener.fileno(), liveness_read),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for us; we tell the nodes to leave
+        )
+        listener.close()
+        os.close(liveness_read)
+        self._zygote_fd = os.pidfd_open(self._zygote.pid)
+        asyncio.get_running_loop().add_reader(self._zygote_fd, self._zygote_died)
+
+    async def converged(self, timeout_s: float) -> bool:
+        """Wait until every node sees every node alive."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._converged.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def run(self) -> None:
+        """Until `stop`."""
+        await self._ended.wait()
+
+    async def stop(self) -> None:
+        """Every node leaves, or is killed; nothing of the cluster is left."""
+        if self.stopping:
+            return
+        self.stopping = True
+        for node in self.nodes.values():
+            if node.channel is not None:
+                node.channel.post(Stop())
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + STOP_S
+        while any(n.pidfd >= 0 for n in self.nodes.values()) and loop.time() < deadline_s:
+            self._gone.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline_s):
+                    await self._gone.wait()
+        for node in self.nodes.values():
+            self._kill(node)
+        self._forget_zygote()
+        await asyncio.to_thread(self._finish)
+        self._ended.set()
+
+    def _finish(self) -> None:
+        os.close(self._liveness_write)
+        if self._zygote is not None:
+            try:
+                self._zygote.wait(ZYGOTE_S)
+            except subprocess.TimeoutExpired:
+                self._zygote.kill()
+                self._zygote.wait()
+        for spec in self.specs:
+            if spec.cgroup:
+                throttle.remove(spec.cgroup)
+            for path in self.runtime_dir.glob(f"{spec.alias}.*"):
+                path.unlink(missing_ok=True)
+        self._zygote_path.unlink(missing_ok=True)
+        if self.whole_dir:
+            shutil.rmtree(self.runtime_dir, ignore_errors=True)
+        self.lock.release()
+
+    # -- nodes --------------------------------------------------------------------------------
+
+    async def _fork(self, node: Watched) -> None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        spec = msgspec.msgpack.encode(node.spec)
+        try:
+            with theirs:
+                pid = await asyncio.to_thread(self._ask_zygote, spec, theirs.fileno())
+        except ManifoldError as error:
+            ours.close()
+            self.on_event(f"{node.spec.alias} could not be started: {error}")
+            self._again(node)
+            return
+        loop = asyncio.get_running_loop()
+        node.pid, node.ready, node.alive = pid, None, 0
+        node.started_s = loop.time()
+        node.channel = Channel(ours, ToSupervisor)
+        loop.add_reader(ours, self._readable, node, node.channel)
+        try:
+            node.pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._died(node)
+            return
+        loop.add_reader(node.pidfd, self._died, node)
+
+    def _ask_zygote(self, spec: bytes, fd: int) -> int:
+        if self._zygote is None or self._zygote.poll() is not None:
+            raise Unavailable("The zygote ended.", "It is being restarted.")
+        connection = request_fork(str(self._zygote_path), NODE_ENTRY, spec, [fd])
+        connection.settimeout(ZYGOTE_S)
+        try:
+            return read_forked(connection)
+        except TimeoutError as error:
+            raise Unavailable("The zygote did not answer in time.") from error
+
+    def _readable(self, node: Watched, channel: Channel[ToSupervisor]) -> None:
+        try:
+            messages = channel.take()
+        except Closed:
+            self._hang_up(node, channel)
+            return
+        for message in messages:
+            match message:
+                case Ready():
+                    node.ready = message
+                    if node.restarts:
+                        self.on_event(f"{node.spec.alias} is back, boot {message.boot}")
+                case Alive(count=count):
+                    node.alive = count
+        everybody = len(self.nodes)
+        if everybody == len(self.specs) and all(n.alive >= everybody for n in self.nodes.values()):
+            self._converged.set()
+        else:
+            self._converged.clear()
+
+    def _hang_up(self, node: Watched, channel: Channel[ToSupervisor]) -> None:
+        asyncio.get_running_loop().remove_reader(channel.socket)
+        channel.socket.close()
+        if node.channel is channel:
+            node.channel = None
+
+    def _died(self, node: Watched) -> None:
+        """U2, and the news to everybody else: faster than any failure detector."""
+        loop = asyncio.get_running_loop()
+        if node.pidfd >= 0:
+            loop.remove_reader(node.pidfd)
+            os.close(node.pidfd)
+            node.pidfd = -1
+        if node.channel is not None:
+            self._hang_up(node, node.channel)
+        self._converged.clear()
+        self._gone.set()
+        if node.ready is not None:
+            news = ProcessEnded(node.ready.kid, node.ready.boot)
+            for other in self.nodes.values():
+                if other is not node and other.channel is not None:
+                    other.channel.post(news)
+        if not self.stopping:
+            self.on_event(f"{node.spec.alias} (pid {node.pid}) ended; starting it again")
+            self._again(node)
+
+    def _again(self, node: Watched) -> None:
+        loop = asyncio.get_running_loop()
+        if loop.time() - node.started_s > STEADY_S:
+            node.backoff_s = BACKOFF_S_MIN
+        node.restarts += 1
+        loop.call_later(node.backoff_s, self._restart, node)
+        node.backoff_s = min(node.backoff_s * 2, BACKOFF_S_MAX)
+
+    def _zygote_died(self) -> None:
+        """Without it no worker can be forked: its nodes end with it, and all start again."""
+        self._forget_zygote()
+        if self.stopping:
+            return
+        assert self._zygote is not None
+        self._zygote.wait()
+        self.on_event("the zygote ended; starting another, and every node again")
+        os.close(self._liveness_write)  # the nodes see the old pipe close, and end
+        self._zygote_path.unlink(missing_ok=True)
+        self._start_zygote()
+
+    def _forget_zygote(self) -> None:
+        if self._zygote_fd >= 0:
+            asyncio.get_running_loop().remove_reader(self._zygote_fd)
+            os.close(self._zygote_fd)
+            self._zygote_fd = -1
+
+    def _restart(self, node: Watched) -> None:
+        if self.stopping:
+            return
+        task = asyncio.get_running_loop().create_task(self._fork(node))
+        task.add_done_callback(lambda done: done.result() if not done.cancelled() else None)
+
+    def _kill(self, node: Watched) -> None:
+        if node.pidfd < 0:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(node.pidfd, signal.SIGKILL)
+        asyncio.get_running_loop().remove_reader(node.pidfd)
+        os.close(node.pidfd)
+        node.pidfd = -1
+
+
+def refuse_taken(lock: Lock, nodes: int, runtime_dir: Path) -> None:
+    """U1."""
+    if not lock.acquire(nodes, str(runtime_dir)):
+        raise Refused("It is supervised by another process already.", "`manifold status`.")

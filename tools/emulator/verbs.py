@@ -1,0 +1,285 @@
+"""`up`, `down`, `agent`: the verbs that start and end processes on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+
+from manifold import __version__
+from manifold.kernel import places
+from manifold.kernel.config import Config, load
+from manifold.kernel.durable import make_folder
+from manifold.kernel.errors import ManifoldError, NoCluster, Refused, Unavailable
+from manifold.shells.verbs.common import cluster_name, config_path, json_option, print_json
+from manifold.tools.emulator import cluster, record
+from manifold.tools.emulator.supervisor import Supervisor
+
+CONVERGE_S = 30.0
+DETACH_S = 40.0
+
+
+def _config(context: click.Context, file: str, sets: tuple[str, ...]) -> Config:
+    overrides = {}
+    for each in sets:
+        key, equals, value = each.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{each!r}: write KEY=VALUE, such as scheduler.grain=10ms.")
+        overrides[key] = value
+    root = context.find_root().obj or {}
+    named = root.get("cluster") or os.environ.get("MANIFOLD_CLUSTER", "")
+    if named:
+        overrides.setdefault("cluster", named)
+    return load(config_path(file), os.environ, overrides)
+
+
+@click.command()
+@click.option("--nodes", "count", type=click.IntRange(1, 4096), help="Spread over the classes.")
+@click.option("--config", "file", default="", metavar="FILE", help="Instead of ./manifold.yaml.")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override one key.")
+@click.option("--detach", is_flag=True, help="Return once it is up; `manifold down` ends it.")
+@click.option("--report-fd", type=int, default=-1, hidden=True)
+@json_option
+@click.pass_context
+def up(
+    context: click.Context,
+    count: int | None,
+    file: str,
+    sets: tuple[str, ...],
+    detach: bool,
+    report_fd: int,
+    as_json: bool,
+) -> int:
+    """Start a cluster on this machine, one process per node, and stay until Ctrl-C."""
+    config = _config(context, file, sets)
+    folder = places.cluster_dir(config.cluster, os.environ)
+    count = count or sum(kind.count for kind in config.classes)
+    found = record.holder(folder)
+    if found is not None and report_fd < 0:
+        _say_up(config.cluster, found, as_json)
+        return 0
+    if detach:
+        flags = [*(["--config", file] if file else []), *(x for s in sets for x in ("--set", s))]
+        event = start_detached(config.cluster, count, flags)
+        if as_json:
+            print_json(event)
+        else:
+            click.echo(_converged_line(event))
+        return 0
+    report = _Report(report_fd, as_json)
+    return asyncio.run(_supervise(config, count, report))
+
+
+def _say_up(name: str, found: record.Record, as_json: bool) -> None:
+    if as_json:
+        print_json({"cluster": name, "already": True, "pid": found.pid, "nodes": found.nodes})
+    else:
+        click.echo(
+            f"cluster {name!r} is up already: {found.nodes} nodes, supervisor {found.pid}; "
+            "nothing was changed"
+        )
+
+
+def _converged_line(event: dict[str, Any]) -> str:
+    return (
+        f"cluster {event['cluster']!r} is up: {event['nodes']} nodes see each other after "
+        f"{event['seconds']:.2f} s ({event['classes']}; {event['throttle']})"
+    )
+
+
+class _Report:
+    """Tells what happens: to a person, or to the command that detached us."""
+
+    def __init__(self, fd: int, as_json: bool) -> None:
+        self._fd = fd
+        self._as_json = as_json
+
+    def line(self, text: str) -> None:
+        if self._fd < 0 and not self._as_json:
+            click.echo(text)
+        elif self._fd >= 0:
+            print(text, flush=True)  # the detached supervisor's log
+
+    def event(self, **fields: Any) -> None:
+        if self._fd >= 0:
+            with contextlib.suppress(BrokenPipeError):  # the command that waited was interrupted
+                os.write(self._fd, json.dumps(fields).encode() + b"\n")
+        elif self._as_json:
+            print_json(fields)
+
+
+async def _supervise(config: Config, count: int, report: _Report) -> int:
+    began_s = time.monotonic()
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stopped.set)
+    kinds = Counter(kind.name for _, kind in config.spread(count))
+    classes = ", ".join(f"{n} {name}" for name, n in kinds.items())
+    report.line(f"manifold {__version__}: cluster {config.cluster!r}, {count} nodes ({classes})")
+    try:
+        supervisor = await cluster.up(config, count, os.environ, report.line)
+    except ManifoldError as error:
+        report.event(error={"code": error.code, "message": error.message, "next": error.next_step})
+        raise
+    try:
+        waiting = asyncio.ensure_future(supervisor.converged(CONVERGE_S))
+        ending = asyncio.ensure_future(stopped.wait())
+        await asyncio.wait({waiting, ending}, return_when=asyncio.FIRST_COMPLETED)
+        if waiting.done() and waiting.result():
+            event = {
+                "cluster": config.cluster, "nodes": count, "classes": classes,
+                "seconds": round(time.monotonic() - began_s, 3), "pid": os.getpid(),
+                "throttle": throttle_notice(supervisor),
+            }  # fmt: skip
+            report.event(**event)
+            report.line(_converged_line(event))
+        elif not ending.done():
+            message = f"{count} nodes did not see each other within {CONVERGE_S:g} s."
+            next_step = "`manifold logs`, and the console.log of each node, say why."
+            report.event(error={"code": "unavailable", "message": message, "next": next_step})
+            raise Unavailable(message, next_step)
+        waiting.cancel()
+        await ending
+        report.line("stopping")
+    finally:
+        await supervisor.stop()
+    report.line("every node has ended; nothing is left")
+    return 0
+
+
+def throttle_notice(supervisor: Supervisor) -> str:
+    """How compute shares are enforced here, for people."""
+    shared = [spec for spec in supervisor.specs if spec.compute < 1.0]
+    if not shared:
+        return "no compute share to enforce"
+    if all(spec.cgroup for spec in shared):
+        return "compute shares by cgroup"
+    return "compute shares by slice pacing: this host allows no cgroup"
+
+
+def start_detached(name: str, count: int | None = None, flags: list[str] | None = None) -> Any:
+    """Start a supervisor of its own session and wait until its cluster has converged."""
+    read_fd, write_fd = os.pipe()
+    folder = places.cluster_dir(name, os.environ)
+    make_folder(folder)
+    nodes = ["--nodes", str(count)] if count else []
+    command = [
+        sys.executable, "-m", "manifold", "--cluster", name, "up", *nodes, *(flags or []),
+        "--report-fd", str(write_fd),
+    ]  # fmt: skip
+    with (folder / "supervisor.log").open("ab") as log:
+        child = subprocess.Popen(
+            command, pass_fds=(write_fd,), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+    os.close(write_fd)
+    with os.fdopen(read_fd) as events:
+        line = events.readline()
+    if not line:
+        child.wait()
+        raise Unavailable(
+            "The supervisor ended before its nodes were up.", f"Read {folder / 'supervisor.log'}."
+        )
+    event = json.loads(line)
+    if "error" in event:
+        raise Unavailable(event["error"]["message"], event["error"]["next"])
+    child.returncode = 0  # it goes on without us: no warning that it still runs
+    return event
+
+
+@click.command()
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+@click.pass_context
+def down(context: click.Context, yes: bool, as_json: bool) -> int:
+    """End the cluster: every process, socket and lock of it."""
+    name = cluster_name(context)
+    if not yes and sys.stdin.isatty() and not as_json:
+        running = _running_jobs(name)
+        if running:
+            click.confirm(f"{running} jobs are running. End cluster {name!r}?", abort=True)
+    began_s = time.monotonic()
+    ended = cluster.down(name, os.environ)
+    if as_json:
+        print_json({"cluster": name, "was_up": ended})
+    elif ended:
+        click.echo(f"cluster {name!r} ended in {time.monotonic() - began_s:.1f} s; nothing is left")
+    else:
+        click.echo(f"cluster {name!r} is not up")
+    return 0
+
+
+def _running_jobs(name: str) -> int:
+    from manifold.shells.sdk.client import Client
+
+    try:
+        with Client(name) as client:
+            return sum(job.state == "running" for job in client.jobs().jobs)
+    except NoCluster:
+        return 0
+
+
+@click.command()
+@click.option("--alias", default="agent-01", show_default=True, help="Its name in the cluster.")
+@click.option("--class", "kind_name", default="", help="Its class; the first of the file if none.")
+@click.option("--config", "file", default="", metavar="FILE")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE")
+@click.pass_context
+def agent(
+    context: click.Context, alias: str, kind_name: str, file: str, sets: tuple[str, ...]
+) -> int:
+    """Run one node in the foreground, joining whatever nodes of the cluster are here."""
+    config = _config(context, file, sets)
+    kinds = {kind.name: kind for kind in config.classes}
+    kind = kinds.get(kind_name) if kind_name else config.classes[0]
+    if kind is None:
+        raise click.BadParameter(f"there is no class {kind_name!r}; there are {', '.join(kinds)}.")
+    return asyncio.run(_agent(config, alias, kind))
+
+
+async def _agent(config: Config, alias: str, kind: Any) -> int:
+    runtime = places.runtime_dir(config.cluster, os.environ)
+    lock = record.Lock(places.state_dir(config.cluster, alias, os.environ))
+    if not lock.acquire(1, str(runtime)):
+        raise Refused(f"A node {alias!r} runs here already.", "Choose another --alias.")
+    if (runtime / f"{alias}.d").exists() and await asyncio.to_thread(_answers, runtime, alias):
+        lock.release()
+        raise Refused(f"The cluster has a node {alias!r} already.", "Choose another --alias.")
+    seeds = tuple(f"ipc://{str(path)[:-2]}" for path in sorted(runtime.glob("*.d")))
+    zygote = str(runtime / f"zygote-{alias}")
+    spec = cluster.node_spec(config, alias, kind, runtime, seeds, os.environ, zygote)
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stopped.set)
+    supervisor = Supervisor([spec], runtime, lock, whole_dir=False, on_event=click.echo)
+    await supervisor.start()
+    try:
+        click.echo(f"node {alias} ({kind.name}) of cluster {config.cluster!r}; Ctrl-C ends it")
+        await stopped.wait()
+    finally:
+        await supervisor.stop()
+    click.echo(f"node {alias} has left")
+    return 0
+
+
+def _answers(runtime: Path, alias: str) -> bool:
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(runtime / f"{alias}.d"))
+        except OSError:
+            return False
+    return True
