@@ -68,9 +68,8 @@ class _Worker:
     channel: Channel[ToNode]
     pid: int = 0  # 0 until the zygote has answered
     pidfd: int = -1
-    run: int = 0
+    runs: dict[int, float] = field(default_factory=dict)  # not ended: when told to abort, or 0
     heard_s: float = 0.0
-    abort_s: float = 0.0  # when the present run was told to abort, 0 if it was not
     programs: OrderedDict[Kid, None] = field(default_factory=OrderedDict)
     writing: bool = False
     retries: int = 0
@@ -93,7 +92,7 @@ class Pool:
     def compute(self, slot: int, compute: Compute) -> None:
         """Start a run on `slot`."""
         worker = self._workers.get(slot) or self._spawn(slot)
-        worker.run, worker.abort_s = compute.run, 0.0
+        worker.runs[compute.run] = 0.0
         worker.heard_s = self._loop.time()
         if compute.program in worker.programs:
             compute = msgspec.structs.replace(compute, ir=b"")
@@ -107,13 +106,13 @@ class Pool:
 
     def limit(self, slot: int, run: int, last: int) -> None:
         worker = self._workers.get(slot)
-        if worker is not None and worker.run == run:
+        if worker is not None and run in worker.runs:
             self._post(worker, Limit(run, last))
 
     def abort(self, slot: int, run: int) -> None:
         worker = self._workers.get(slot)
-        if worker is not None and worker.run == run:
-            worker.abort_s = self._loop.time()
+        if worker is not None and run in worker.runs:
+            worker.runs[run] = self._loop.time()
             self._post(worker, Abort(run))
 
     def pids(self) -> dict[int, int]:
@@ -187,8 +186,7 @@ class Pool:
                 case Limited(run=run, last=last):
                     self._events.run_limited(worker.slot, run, last)
                 case Ended(run=run, fault=fault):
-                    if run == worker.run:
-                        worker.run, worker.abort_s = 0, 0.0
+                    worker.runs.pop(run, None)
                     self._events.run_ended(worker.slot, run, fault)
 
     def _lose(self, worker: _Worker, reason: str) -> None:
@@ -215,10 +213,11 @@ class Pool:
         now_s = self._loop.time()
         self._check = None
         for worker in list(self._workers.values()):
-            if not worker.run:
+            if not worker.runs:
                 continue
             self._check = self._check or self._loop.call_later(CHECK_S, self._supervise)
-            if worker.abort_s and now_s - worker.abort_s > self._grace_s:
+            aborted_s = min((at for at in worker.runs.values() if at), default=now_s)
+            if now_s - aborted_s > self._grace_s:
                 self._kill(worker)
                 self._lose(worker, "it ignored being cancelled and was killed")
             elif worker.pid and now_s - worker.heard_s > SILENCE_S:

@@ -68,15 +68,13 @@ class Worker:
 
     def serve(self) -> None:
         """Until the node closes the channel."""
-        pending: list[ToWorker] = []
         while True:
-            pending += self._channel.wait() if not pending else []
-            while pending:
-                message = pending.pop(0)
-                if isinstance(message, Compute):
-                    self._queue = pending
-                    self._run(message)
-                    pending = self._queue
+            if not self._queue:
+                self._queue = self._channel.wait()
+                continue
+            message = self._queue.pop(0)
+            if isinstance(message, Compute):  # a limit or abort here came after its run's end
+                self._run(message)
 
     # -- one run ------------------------------------------------------------------------------
 
@@ -88,7 +86,8 @@ class Worker:
         now_s = time.monotonic()
         self._told_s = self._looked_s = self._busy_from_s = now_s
         self._cpu_s = time.thread_time()
-        for message in self._queue[:]:
+        kept, self._queue = self._queue, []
+        for message in kept:
             self._hear(message)
         fault: Fault | None = None
         try:
@@ -186,24 +185,21 @@ class Worker:
             self._hear(message)
 
     def _hear(self, message: ToWorker) -> None:
+        """Act on what concerns the present run; keep what concerns a later one for its turn."""
         assert self._compute is not None
-        match message:
-            case Limit(run=run, last=last):
-                if message in self._queue:
-                    self._queue.remove(message)
-                if run == self._compute.run:
-                    reached = self._first + len(self._results)
-                    # The block being computed is finished: it costs less than doing it again.
-                    started = min(reached + 1, self._last)
+        if message.run > self._compute.run:
+            self._queue.append(message)
+        elif message.run == self._compute.run:
+            match message:
+                case Limit(last=last):
+                    # The block being computed is finished: that costs less than doing it again.
+                    started = min(self._first + len(self._results) + 1, self._last)
                     self._last = min(self._last, max(last, started))
-                    self._channel.send(Limited(run, self._last))
-            case Abort(run=run):
-                if message in self._queue:
-                    self._queue.remove(message)
-                self._aborted = self._aborted or run == self._compute.run
-            case Compute():
-                if message not in self._queue:
-                    self._queue.append(message)
+                    self._channel.send(Limited(message.run, self._last))
+                case Abort():
+                    self._aborted = True
+                case Compute():
+                    raise AssertionError("a run is started once")
 
     def _tell(self, ended: Ended | None = None) -> None:
         assert self._compute is not None
