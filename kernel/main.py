@@ -19,10 +19,12 @@ import uvloop
 from manifold.kernel.logbook import Logbook
 from manifold.kernel.node import NodeSpec, serve
 
+_spec_decoder = msgspec.msgpack.Decoder(NodeSpec)  # made once, in the zygote
+
 
 def boot(payload: bytes, fds: list[int], liveness_fd: int) -> None:
     """Become the node that `payload` describes; `fds` is the channel to the supervisor."""
-    spec = msgspec.msgpack.decode(payload, type=NodeSpec)
+    spec = _spec_decoder.decode(payload)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # before the loop is up: just end
     logbook = open_log(spec)  # what happens from here on is on record
     control = socket.socket(fileno=fds[0])  # the supervisor's commands

@@ -38,7 +38,7 @@ from manifold.kernel.membership.messages import (
     saved_incarnation,
 )
 from manifold.kernel.messages import (
-    VOCABULARY,
+    DECODER,
     Alive,
     FromSupervisor,
     ProcessEnded,
@@ -104,7 +104,7 @@ class Node:
             incarnation=incarnation, seeds=spec.seeds,
         )  # fmt: skip
         self.bus = Bus(
-            self.identity.kid, self.boot, spec.config.cluster, VOCABULARY, self._arrived,
+            self.identity.kid, self.boot, spec.config.cluster, DECODER, self._arrived,
             alias=spec.alias,
         )  # fmt: skip
         self.pool = Pool(spec.zygote, self._worker_spec(), spec.config.tasks.grace_ms, self)

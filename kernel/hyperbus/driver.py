@@ -84,14 +84,14 @@ class _Peer:
 
 
 class Bus:
-    """See the module. `vocabulary` is the tagged union of every body that is understood."""
+    """See the module. `decoder` knows every body that is understood."""
 
     def __init__(
         self,
         identity: str,
         boot: int,
         cluster: str,
-        vocabulary: Any,
+        decoder: msgspec.msgpack.Decoder[Any],
         on_message: Callable[[Incoming], None],
         *,
         alias: str = "",
@@ -103,7 +103,7 @@ class Bus:
         self.alias = alias
         self.filter = Filter(Random(identity))
         self.counters: Counter[str] = Counter()
-        self._decoder = msgspec.msgpack.Decoder(vocabulary)
+        self._decoder = decoder
         self._on_message = on_message
         self._seal: Seal = seal or Plain()
         self._loop = asyncio.get_running_loop()

@@ -7,6 +7,7 @@ An address is a base: `ipc:///dir/name` has the door at `.d`, control at `.c` an
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pynng
@@ -22,6 +23,7 @@ from manifold.kernel.limits import (
 
 # Room for a seal's counter and tag around the largest frame.
 SEALED_BYTES_MAX = FRAME_BYTES_MAX + 256
+NNG_THREADS = 1  # of each kind; two task threads are nng's own least
 RECONNECT_MS_MIN = 20
 RECONNECT_MS_MAX = 1000
 
@@ -39,7 +41,21 @@ def url(address: str, part: Plane | str) -> str:
     return address + _ENDING[part]
 
 
+@functools.cache
+def _few_threads() -> None:
+    """Before nng's first use: 13 threads by default are more than a node's traffic needs."""
+    library = pynng.lib
+    for name in (
+        library.NNG_INIT_NUM_TASK_THREADS,
+        library.NNG_INIT_NUM_EXPIRE_THREADS,
+        library.NNG_INIT_NUM_POLLER_THREADS,
+        library.NNG_INIT_NUM_RESOLVER_THREADS,
+    ):
+        library.nng_init_set_parameter(name, NNG_THREADS)
+
+
 def _limits() -> dict[str, Any]:
+    _few_threads()
     return {
         "recv_max_size": SEALED_BYTES_MAX,
         "reconnect_time_min": RECONNECT_MS_MIN,

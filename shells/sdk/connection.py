@@ -23,7 +23,7 @@ from manifold.kernel.errors import ManifoldError, NoCluster, Unavailable
 from manifold.kernel.hyperbus.door import knock
 from manifold.kernel.hyperbus.driver import Bus, Incoming
 from manifold.kernel.hyperbus.messages import CLIENT_PREFIX, VERSION, Hello, Welcome
-from manifold.kernel.messages import VOCABULARY, Bye
+from manifold.kernel.messages import DECODER, Bye
 
 DOOR_TIMEOUT_MS = 1000.0
 REQUEST_TIMEOUT_MS = 10_000.0
@@ -73,7 +73,7 @@ class Connection:
 
     async def _open(self) -> None:
         self._address = f"ipc://{self._runtime() / ('c' + self.identity[2:])}"
-        self.bus = Bus(self.identity, os.getpid(), self.cluster, VOCABULARY, self._arrived)
+        self.bus = Bus(self.identity, os.getpid(), self.cluster, DECODER, self._arrived)
         await self.attach()
 
     def _runtime(self) -> Path:
