@@ -44,7 +44,7 @@ def demand(geode: Geode, job: Job, shard: Shard | None, *, forgiving: bool = Fal
 
 def reasons(geode: Geode, wanted: Demand, now_ms: float) -> str:
     """Why the hard filter refused everybody."""
-    refused = geode.choose(wanted, now_ms, "J-refused").refused
+    refused = geode.refusals(wanted, now_ms)
     listed = [f"{alias}: {reason}" for alias, reason in refused[:4]]
     more = len(refused) - len(listed)
     return "; ".join(listed) + (f"; and {more} more" if more > 0 else "") or "no node is alive"

@@ -253,7 +253,11 @@ class Owner:
         if node is None:
             if any(s.node is not None for s in job.shards.values()):
                 return []  # its other shards hold slots; one of them comes free first
-            node = candidates[0].kid
+            # Sampling: the least of everybody's stale views would be everybody's choice.
+            choice = self.geode.choose(demand, now_ms, f"{_task(job, shard)}?")
+            node = choice.winner if choice.winner is not None else candidates[0].kid
+            if node in self._stalled:
+                node = candidates[0].kid
         note = f"taken from {shard.stolen_from}" if shard.stolen_from else "one shard"
         if shard.attempts:
             note = f"attempt {shard.attempts + 1}"

@@ -62,6 +62,8 @@ class Scheduler:
         if isinstance(message, WhyTask):
             return self._why(message.task), []
         if isinstance(message, SubmitJob):
+            # Our own load is known now: it need not age like what others told us.
+            self.geode.report(self.owner.me, self.runner.load(), now_ms)
             answer, effects = self.owner.submit(client, message, now_ms)
         else:
             answer, effects = self.owner.request(client, message, now_ms)

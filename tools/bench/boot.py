@@ -117,6 +117,6 @@ def run(quick: bool = False) -> list[Figure]:
         Figure(
             "boot / Dask LocalCluster(2)", pair.a / dask.boot_s, None, "lower", "x",
             {"Dask s": dask.boot_s},
-        )  # fmt: skip
-    )
+        )
+    )  # fmt: skip
     return figures

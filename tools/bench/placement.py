@@ -566,7 +566,7 @@ def table(cells: Sequence[Cell], what: str = "mean") -> str:
     names = list(cells[0].runs)
     lines = ["| cell | " + " | ".join(names) + " | geode/best |", "|---" * (len(names) + 2) + "|"]
     for cell in cells:
-        scale = 1000.0 if cell.suite == "E" else 1.0
+        scale = 1000.0 if cell.suite == "E" and what != "slowdown" else 1.0
         row = [f"{scale * cell.mean(name, what):.3g}" for name in names]
         ratio = f"{cell.ratio(what):.2f}" if set(REALISABLE) <= set(names) else ""
         lines.append(f"| {cell.suite} {cell.name} | " + " | ".join(row) + f" | {ratio} |")
