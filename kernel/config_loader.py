@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from manifold.kernel import config_units as units
 from manifold.kernel.errors import ConfigError
+from manifold.kernel.limits import NAME, NAME_WORDS
 
 T = TypeVar("T")
 KeyPath = tuple[str, ...]  # ("scheduler", "grain"), ("classes", "rpi4", "count"), ("cluster",)
@@ -29,8 +30,6 @@ KeyPath = tuple[str, ...]  # ("scheduler", "grain"), ("classes", "rpi4", "count"
 DOCUMENT_BYTES_MAX = 1 << 18  # 64 classes of 400 bytes are 25 KiB; ten times that for comments
 DEPTH_MAX = 4  # document, classes, one class, its key: nothing valid is deeper
 TABLE_ROWS_MAX = 64  # classes; more kinds of machines than anybody has
-NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?\Z")  # safe in paths, sockets and variables
-NAME_WORDS = "lower-case letters, digits and inner dashes"
 SUFFIX = "_ms"  # the one unit suffix that field names carry
 
 

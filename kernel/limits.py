@@ -7,6 +7,8 @@ scheduler. Bounds that one subsystem alone relies on stand in that subsystem.
 
 from __future__ import annotations
 
+import re
+
 KIB = 1 << 10
 MIB = 1 << 20
 
@@ -36,6 +38,8 @@ GOSSIP_BYTES_MAX = 1400  # one Ethernet frame of 1500 less headers, as memberlis
 META_BYTES_MAX = 512  # a node's static description; memberlist's limit
 
 # --- names ----------------------------------------------------------------------------------
+NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?\Z")  # safe in paths, sockets and variables
+NAME_WORDS = "lower-case letters, digits and inner dashes"
 CLUSTER_NAME_CHARS_MAX = 32
 CLASS_NAME_CHARS_MAX = 24
 NODES_MAX = 4096  # as PEERS_MAX: above it a full view no longer fits

@@ -17,11 +17,12 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from manifold.kernel.config_loader import NAME, NAME_WORDS
 from manifold.kernel.errors import ConfigError, Refused
 from manifold.kernel.limits import (
     ALIAS_CHARS_MAX,
     CLUSTER_NAME_CHARS_MAX,
+    NAME,
+    NAME_WORDS,
     RUNTIME_DIR_BYTES_MAX,
     SOCKET_NAME_BYTES_MAX,
 )

@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from manifold import __version__
 from manifold.kernel.config import load
 from manifold.shells.sdk import Client, Future
 from manifold.shells.verbs.common import ProgressBar, human_ms, print_table
 from manifold.tools.emulator.testing import TestCluster
 from manifold.tools.emulator.verbs import throttle_notice
+from manifold.vm.version import VERSION
 
 NODES = 16
 LO, HI = 1, 1_000_000
@@ -42,7 +42,7 @@ def main() -> int:
             "MANIFOLD_CLUSTER": "demo",
         }
         kinds = Counter(kind.name for _, kind in load(None, {}, {}).spread(NODES))
-        say(f"manifold {__version__}: booting {NODES} nodes, one process each")
+        say(f"manifold {VERSION}: booting {NODES} nodes, one process each")
         booted = time.monotonic()
         cluster = TestCluster(NODES, environ)
         try:

@@ -34,7 +34,7 @@ ORDER = {
 }
 SUBSYSTEM, NODE = 3, 4
 # What shells may import of the kernel, beside every messages.py.
-SHELLS_MAY = ("config", "errors", "hyperbus")
+SHELLS_MAY = ("config", "errors", "hyperbus", "places")
 
 PURE_FOLDERS = ("geode",)  # pure without a protocol.py; folders with one are found
 # fmt: off

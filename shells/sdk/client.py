@@ -14,8 +14,9 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -37,10 +38,12 @@ from manifold.kernel.scheduler.messages import (
 )
 from manifold.shells.sdk.connection import Connection
 from manifold.shells.sdk.future import Future, JobFailed, error_of
-from manifold.shells.sdk.programs import Source, program_of
 from manifold.vm.kid import Kid
 from manifold.vm.runtime.results import Partial, finish
-from manifold.vm.syntax import Program
+
+if TYPE_CHECKING:
+    from manifold.shells.sdk.programs import Source
+    from manifold.vm.syntax import Program
 
 CHECK_S = 1.0  # a job of which nothing was heard for so long is asked about
 ASK_TIMEOUT_MS = 1500.0
@@ -49,6 +52,12 @@ TASKS_PER_BATCH_MAX = 4096
 FETCHES = 4  # parts of a large result asked for at once
 
 Number = int | float
+
+
+def _program_of(source: Source) -> Program:
+    from manifold.shells.sdk.programs import program_of  # the assembler: not every client needs it
+
+    return program_of(source)
 
 
 def new_job() -> str:
@@ -132,10 +141,10 @@ class Client:
 
         `arguments` go to the cells after the index. `job` resubmits under an id of yours.
         """
-        loaded = program_of(program)
+        loaded = _program_of(program)
         spec = JobSpec(
             loaded.kid, lo, hi, reduce, tuple(arguments), False, (), timeout_ms,
-            name or (str(program)[:100] if not isinstance(program, Program) else ""),
+            name or (str(program)[:100] if isinstance(program, str | Path) else ""),
             demand or Demand(),
         )  # fmt: skip
         identity = job or new_job()
@@ -182,7 +191,7 @@ class Client:
     def submit(self, program: Source, index: int, *arguments: Number) -> Future:
         """One task: `program` for one index. Many at once travel together, each with its own
         result or fault."""
-        loaded = program_of(program)
+        loaded = _program_of(program)
         future = Future("", self._kill_soon)
         with self._pending_lock:
             first = not self._pending

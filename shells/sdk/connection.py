@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 import uvloop
 
-from manifold.kernel import config as places
+from manifold.kernel import places
 from manifold.kernel.errors import ManifoldError, NoCluster, Unavailable
 from manifold.kernel.hyperbus.door import knock
 from manifold.kernel.hyperbus.driver import Bus, Incoming

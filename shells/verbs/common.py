@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 
 import click
 
-from manifold.kernel.config import load
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -25,7 +23,11 @@ def cluster_name(context: click.Context) -> str:
     if named:
         return str(named)
     path = config_path("")
-    return load(path, os.environ).cluster if path is not None else "default"
+    if path is None:
+        return "default"
+    from manifold.kernel.config import load  # 20 ms that most commands need not pay
+
+    return load(path, os.environ).cluster
 
 
 def config_path(flag: str) -> Path | None:

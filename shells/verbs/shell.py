@@ -8,8 +8,8 @@ from importlib import metadata
 import click
 from click.shell_completion import get_completion_class
 
-from manifold import __version__
 from manifold.shells.verbs.common import json_option, print_json
+from manifold.vm.version import VERSION
 
 PARTS = ("pynng", "msgspec", "wasmtime", "numpy", "cryptography", "uvloop")
 
@@ -29,7 +29,7 @@ def completion(context: click.Context, shell: str) -> None:
 @json_option
 def version(as_json: bool) -> None:
     """Versions of Manifold, of Python and of what it stands on."""
-    found = {"manifold": __version__, "python": platform.python_version()}
+    found = {"manifold": VERSION, "python": platform.python_version()}
     found |= {name: metadata.version(name) for name in PARTS}
     found["machine"] = f"{platform.system()} {platform.release()} {platform.machine()}"
     if as_json:

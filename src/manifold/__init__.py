@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from manifold.vm.version import VERSION as __version__
+
 __all__ = ["Client", "Future", "JobFailed", "Progress", "__version__", "connect"]
 
 if TYPE_CHECKING:
