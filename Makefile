@@ -7,7 +7,7 @@ SEED   ?= 1
 NODES  ?= 100
 BENCH  ?= collatz-vm collatz-cluster boot idle noop placement
 
-.PHONY: demo test check sim bench clean setup
+.PHONY: demo test check sim bench picture clean setup
 .DEFAULT_GOAL := demo
 
 demo: setup                    ## boot 16 nodes, compute, kill two on the way, explain, clean up
@@ -27,6 +27,9 @@ sim: setup                     ## simulate a cluster: make sim SEED=7 NODES=1000
 
 bench: setup                   ## every figure, as a ratio measured in one run
 	$(BIN)/manifold bench $(BENCH)
+
+picture: setup                 ## the picture of the README, from the running product
+	$(BIN)/python -m manifold.tools.picture
 
 setup: $(VENV)/.ready
 
