@@ -1,0 +1,344 @@
+"""One function: instructions to WebAssembly.
+
+Interface: `FunctionWriter(context, flow, is_main=...).body()` returns the lines of a body, and
+`locals` what it needs; module.py puts the loop over indices, or the `(func ...)`, around it.
+A fault sets `$fault` and branches to `$trap`; no WebAssembly trap is ever meant to happen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from manifold.vm.compile.arithmetic import (
+    COMPARISON,
+    INT_OPERATOR,
+    ArithmeticWriter,
+    is_power,
+)
+from manifold.vm.compile.layout import HALTED, KINDS_AT, OUTPUT_FULL, STOPPED, VALUES_AT, VALUES_MAX
+from manifold.vm.compile.stack import WASM, Entry, float_text
+from manifold.vm.compile.structure import emit
+from manifold.vm.syntax.isa import Fault
+from manifold.vm.syntax.program import I64_MAX, Instruction
+from manifold.vm.valid import CALL_DEPTH_MAX
+
+# Both sides of a branch may be computed and one chosen, when each is at most this long (in gas)
+# and has only such instructions: no faults, no effects but on cells and the stack. A mispredicted
+# branch costs about as much as fifteen of them.
+CHOICE_GAS_MAX = 8
+PURE = frozenset(
+    {"PUSH", "POP", "DUP", "SWAP", "OVER", "ROT3", "LOAD", "STORE", "LEN", "JMP", "FLOAT", "NOT"}
+    | {"NEG", "ABS", "MIN", "MAX", "EQ", "NE", "LT", "LE", "GT", "GE"}
+    | set(INT_OPERATOR)
+)
+
+
+class FunctionWriter(ArithmeticWriter):
+    """Writes the body of one function."""
+
+    def body(self) -> list[str]:
+        """All blocks; every path ends in `br $next`, `br $trap` or `return`."""
+        if emit(self.flow.graph, self):
+            self.local("pc", "i32")
+        return self.lines
+
+    def block(self, at: int) -> bool:
+        """Writes a block; see structure.Writer."""
+        block = self.flow.graph.blocks[at]
+        self.stack = [Entry(kind) for kind in block.types]
+        self.at = block.start
+        self.charge(self.flow.plan.headers.get(block.start, 0))
+        return self.straight(at)
+
+    def straight(self, at: int) -> bool:
+        """The instructions of a block."""
+        block = self.flow.graph.blocks[at]
+        for self.at in range(block.start, block.end):
+            each = self.program.instructions[self.at]
+            name = each.spec.name
+            if name in ("JZ", "JNZ", "LOOP"):
+                self.condition(name)
+                return True
+            if name == "JMP":
+                self.settle()
+            else:
+                WRITE[name](self, each)
+        self.settle()
+        return False
+
+    def choose(self, yes: int | None, no: int | None, after: int) -> bool:
+        """Both sides, then `select`; see structure.Writer."""
+        sides = [side for side in (yes, no) if side is not None]
+        if not all(self.is_cheap(side) for side in sides):
+            return False
+        chosen = self.local("chosen", "i32")
+        self.line(f"local.set ${chosen}")
+        wrote: dict[str, dict[str, str]] = {"yes": {}, "no": {}}
+        for name, at in (("yes", yes), ("no", no)):
+            if at is not None:
+                self.stack = [Entry(kind) for kind in self.flow.graph.blocks[at].types]
+                self.side, self.renamed = name, wrote[name]
+                self.straight(at)
+        self.side, self.renamed = "", {}
+        live = {f"{kind}{k}" for k, kind in enumerate(self.flow.graph.blocks[after].types)}
+        for name in sorted(wrote["yes"] | wrote["no"]):
+            if name[0] == "c" or name in live:
+                for side in ("yes", "no"):
+                    self.get_either(wrote[side].get(name), name)
+                self.line(f"local.get ${chosen} select")
+                self.set(name)
+        return True
+
+    def get_either(self, renamed: str | None, name: str) -> None:
+        if renamed is None:
+            self.get(name)
+        else:
+            self.line(f"local.get ${renamed}")
+
+    def is_cheap(self, at: int) -> bool:
+        """Whether block `at` may be computed although it may not be wanted."""
+        block = self.flow.graph.blocks[at]
+        gas = 0
+        for here in range(block.start, block.end):
+            spec = self.program.instructions[here].spec
+            gas += 1 if self.is_shift(here) else spec.gas
+            if gas > CHOICE_GAS_MAX or not (spec.name in PURE or self.is_shift(here)):
+                return False
+        return True
+
+    def is_shift(self, at: int) -> bool:
+        """Whether the instruction divides an i64 by a power of two that stands right before it."""
+        code = self.program.instructions
+        if code[at].spec.name not in ("DIV", "MOD") or self.context.json or at == 0:
+            return False
+        before = code[at - 1]
+        is_int = before.spec.name == "PUSH" and isinstance(before.operand, int)
+        return is_int and is_power(before.operand, I64_MAX)
+
+    def condition(self, name: str) -> None:
+        """Leaves the i32 that says whether the jump is taken."""
+        if name == "LOOP":
+            self.settle()
+            self.loop_condition()
+            return
+        entry, depth = self.take()
+        self.settle()
+        if entry.flag:
+            self.line(f"local.get $b{depth}")
+            if name == "JZ":
+                self.line("i32.eqz")
+            return
+        self.load(entry, depth, entry.type)
+        kind = WASM[entry.type]
+        self.line(f"{kind}.const 0 {kind}.{'eq' if name == 'JZ' else 'ne'}")
+
+    def loop_condition(self) -> None:
+        kind = self.context.verified.cells[0]
+        self.get("c0")
+        self.line(f"{WASM[kind]}.const 1 {WASM[kind]}.add")
+        self.set("c0")
+        self.get("c0")
+        self.bound("GET_END", kind)
+        self.line("f64.lt" if kind == "f" else "i64.lt_s")
+
+    def bound(self, name: str, kind: str) -> None:
+        """The start or the end of this run (of this index), as `kind`."""
+        if self.context.is_range:
+            self.get("lo" if name == "GET_START" else "hi")
+        else:
+            self.get("index")
+            if name == "GET_END":
+                self.line("i64.const 1 i64.add")
+        if kind == "f":
+            self.line("f64.convert_i64_s")
+
+    # -- cells, arrays, calls ----------------------------------------------------------------
+
+    def load_cell(self, each: Instruction) -> None:
+        self.get(f"c{each.operand}")
+        self.push(self.context.verified.cells[int(each.operand or 0)])
+
+    def store_cell(self, each: Instruction) -> None:
+        entry, depth = self.take()
+        self.load(entry, depth, entry.type)
+        self.set(f"c{each.operand}")
+
+    def element(self, number: int) -> str:
+        """Checks the index on top and leaves the element's address; returns its load's suffix."""
+        x = self.local("x", "i64")
+        self.load(*self.take(), "i")
+        self.line(f"local.tee ${x} i64.const {self.program.arrays[number].length} i64.ge_u")
+        self.fault_if(Fault.BOUNDS)
+        self.line(f"local.get ${x} i32.wrap_i64 i32.const 3 i32.shl")
+        return f"offset={self.context.arrays[number]}"
+
+    def load_element(self, each: Instruction) -> None:
+        number = int(each.operand or 0)
+        kind = "f" if self.program.arrays[number].type == "f64" else "i"
+        offset = self.element(number)
+        self.line(f"{WASM[kind]}.load {offset}")
+        self.push(kind)
+
+    def store_element(self, each: Instruction) -> None:
+        number = int(each.operand or 0)
+        kind = "f" if self.program.arrays[number].type == "f64" else "i"
+        offset = self.element(number)
+        self.load(*self.take(), kind)
+        self.line(f"{WASM[kind]}.store {offset}")
+
+    def length(self, each: Instruction) -> None:
+        size = self.program.arrays[int(each.operand or 0)].length
+        self.stack.append(Entry("i", constant=size))
+
+    def call(self, each: Instruction) -> None:
+        number = int(each.operand or 0)
+        called = self.context.verified.functions[number]
+        self.line(f"global.get $depth i32.const {CALL_DEPTH_MAX} i32.ge_u")
+        self.fault_if(Fault.DEPTH)
+        self.line("global.get $depth i32.const 1 i32.add global.set $depth")
+        arguments = [self.take() for _ in called.takes]
+        for kind, argument in zip(called.takes, reversed(arguments), strict=True):
+            self.load(*argument, kind)
+        self.line(f"call $function{number}")
+        base = len(self.stack)
+        for place in reversed(range(len(called.leaves))):
+            self.set(self.place(base + place, called.leaves[place]))
+        self.stack += [Entry(kind) for kind in called.leaves]
+        self.line("global.get $depth i32.const 1 i32.sub global.set $depth")
+        self.line("global.get $fault i64.const 0 i64.ne br_if $trap")
+
+    def leave(self, each: Instruction) -> None:
+        for depth, entry in enumerate(self.stack):
+            self.load(entry, depth, entry.type)
+        self.line("return")
+
+    def halt(self, each: Instruction) -> None:
+        if self.is_main:
+            self.line("br $next")
+        else:
+            self.fail(HALTED)
+
+    def unknown(self, each: Instruction) -> None:
+        self.fail(Fault.UNKNOWN.value)
+
+    def read_bound(self, each: Instruction) -> None:
+        kind = "f" if self.context.json else "i"
+        self.bound(each.spec.name, kind)
+        self.push(kind)
+
+    def sleep(self, each: Instruction) -> None:
+        self.line(f"f64.const {float_text(float(each.operand or 0.0))} call $sleep if")
+        self.fail(STOPPED)
+        self.line("end")
+
+    # -- results -----------------------------------------------------------------------------
+
+    def emit(self, each: Instruction) -> None:
+        """EMIT and PRINT: into the reduction, or the output buffer."""
+        entry, depth = self.take()
+        self.load(entry, depth, entry.type)
+        value = self.local("vf" if entry.type == "f" else "vi", WASM[entry.type])
+        self.line(f"local.set ${value}")
+        self.add_one("emitted")
+        if entry.type == "f" and self.context.reduce != "count":
+            self.add_one("floats")
+        match self.context.reduce:
+            case "sum":
+                self.emit_sum(entry.type)
+            case "min" | "max":
+                self.emit_best(entry.type)
+            case "collect":
+                self.emit_value(entry.type)
+
+    def add_one(self, name: str) -> None:
+        self.get(name)
+        self.line("i64.const 1 i64.add")
+        self.set(name)
+
+    def emit_sum(self, kind: str) -> None:
+        """i64: into 128 bits, exactly. f64: one IEEE addition, in order."""
+        if kind == "f":
+            self.get("sum_float")
+            self.line("local.get $vf f64.add")
+            self.set("sum_float")
+            return
+        self.get("sum_low")
+        self.line("local.get $vi i64.add")
+        self.set("sum_low")
+        self.get("sum_high")
+        self.line("local.get $vi i64.const 63 i64.shr_s i64.add")
+        self.get("sum_low")
+        self.line("local.get $vi i64.lt_u i64.extend_i32_u i64.add")
+        self.set("sum_high")
+
+    def emit_best(self, kind: str) -> None:
+        if kind == "f":
+            self.get("float_best")
+            self.line(f"local.get $vf f64.{self.context.reduce}")
+            self.set("float_best")
+            return
+        order = "lt_s" if self.context.reduce == "min" else "gt_s"
+        self.line("local.get $vi")
+        self.get("int_best")
+        self.line("local.get $vi")
+        self.get("int_best")
+        self.line(f"i64.{order} select")
+        self.set("int_best")
+
+    def emit_value(self, kind: str) -> None:
+        """Into the buffer, which the host empties when it is full."""
+        self.get("buffered")
+        self.line(f"i64.const {VALUES_MAX} i64.ge_u if")
+        self.flush()
+        self.line("end")
+        self.get("buffered")
+        self.line("i32.wrap_i64 i32.const 3 i32.shl")
+        if kind == "f":  # NaNs have one spelling, whatever the processor made of them
+            self.line("f64.const nan local.get $vf local.get $vf local.get $vf f64.ne select")
+        else:
+            self.line("local.get $vi")
+        self.line(f"{WASM[kind]}.store offset={VALUES_AT}")
+        if self.context.mixed:
+            self.get("buffered")
+            self.line(f"i32.wrap_i64 i32.const {int(kind == 'f')} i32.store8 offset={KINDS_AT}")
+        self.add_one("buffered")
+        self.add_one("here")
+
+    def flush(self) -> None:
+        """Hands the buffers to the host; ends the run if it wants no more."""
+        self.get("buffered")
+        self.get("ended")
+        self.line("call $flush if")
+        self.fail(OUTPUT_FULL)
+        self.line("end i64.const 0")
+        self.set("buffered")
+        self.line("i64.const 0")
+        self.set("ended")
+
+
+_W = FunctionWriter
+WRITE: dict[str, Callable[[FunctionWriter, Instruction], None]] = {
+    "PUSH": _W.constant,
+    **dict.fromkeys(("POP", "DUP", "SWAP", "OVER", "ROT3"), _W.shuffle),
+    **dict.fromkeys(("ADD", "SUB", "MUL", "MIN", "MAX"), _W.arithmetic),
+    **dict.fromkeys(("AND", "OR", "XOR", "SHL", "SHR", "SHRU"), _W.arithmetic),
+    **dict.fromkeys(("DIV", "MOD", "FDIV"), _W.divide),
+    **dict.fromkeys(("NEG", "ABS", "FLOOR", "NOT", "FLOAT"), _W.unary),
+    **dict.fromkeys(COMPARISON, _W.compare),
+    "SQRT": _W.root,
+    "INT": _W.to_int,
+    "LOAD": _W.load_cell,
+    "STORE": _W.store_cell,
+    "LOADI": _W.load_element,
+    "STOREI": _W.store_element,
+    "LEN": _W.length,
+    "CALL": _W.call,
+    "RET": _W.leave,
+    "HALT": _W.halt,
+    "UNKNOWN": _W.unknown,
+    "EMIT": _W.emit,
+    "PRINT": _W.emit,
+    "SLEEP": _W.sleep,
+    "GET_START": _W.read_bound,
+    "GET_END": _W.read_bound,
+}
