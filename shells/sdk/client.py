@@ -185,8 +185,17 @@ class Client:
                     progress(future)
             return future.result()
         except KeyboardInterrupt:
-            future.cancel()
+            self._kill_now(future)
             raise
+
+    def _kill_now(self, future: Future) -> None:
+        """Cancel, and know that the cluster has heard it: the caller is about to leave."""
+        try:
+            self.kill(future.job)
+        except ManifoldError:
+            return  # it has ended, or its owner has
+        finally:
+            concurrent_cancel(future)
 
     def submit(self, program: Source, index: int, *arguments: Number) -> Future:
         """One task: `program` for one index. Many at once travel together, each with its own
