@@ -93,6 +93,7 @@ class Node:
         self._clients_checked: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._disk = asyncio.Lock()
+        self._durable: dict[str, bytes] = {}  # what this process has made durable
         self._alive = 0
         self._leaving = False
         folder = Path(spec.state_dir)
@@ -245,7 +246,9 @@ class Node:
         path = Path(self.spec.state_dir) / effect.name
         try:
             async with self._disk:  # records reach the disk in the order they were asked for
-                await asyncio.to_thread(durable.write_record, path, effect.record)
+                if self._durable.get(effect.name) != effect.record:
+                    await asyncio.to_thread(durable.write_record, path, effect.record)
+                    self._durable[effect.name] = effect.record
         except ManifoldError as error:
             log.critical("%s", error)
             self.end(74, "a record could not be made durable")
