@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -62,7 +61,7 @@ def _program_of(source: Source) -> Program:
 
 def new_job() -> str:
     """A job id nobody else has: 64 random bits."""
-    return "J-" + secrets.token_hex(8)
+    return "J-" + os.urandom(8).hex()
 
 
 class _Job:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import secrets
 import threading
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
@@ -51,7 +50,7 @@ class Connection:
         node: str = "",
     ) -> None:
         self.cluster = cluster
-        self.identity = CLIENT_PREFIX + secrets.token_hex(8)
+        self.identity = CLIENT_PREFIX + os.urandom(8).hex()
         self._environ = environ
         self._on_push = on_push
         self._node = node
