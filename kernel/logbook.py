@@ -1,8 +1,11 @@
 """A node's log: a bounded file on disk for the operator, and the newest lines for `manifold logs`.
 
+Interface rules: a reader who follows passes the number of the newest line it was given, and gets
+what came after it; 0 asks from the start.
 Invariants: G1 the file and its one predecessor together hold at most `2 * FILE_BYTES_MAX`; G2 the
-ring holds at most `LINES_MAX` lines, numbered from 1 since the process started (older lines of the
-file have numbers up to 0, so that a reader who follows misses none and sees none twice).
+ring holds at most `LINES_MAX` lines; G3 a line's number is made of its own time, in microseconds,
+and rises: it is the same after a restart that reads it from the file, so that a reader who follows
+misses none and sees none twice.
 """
 
 from __future__ import annotations
@@ -11,12 +14,25 @@ import logging
 import logging.handlers
 import time
 from collections import deque
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 FILE_BYTES_MAX = 8 << 20
 LINES_MAX = 10_000
 TAIL_BYTES = 64 << 10
 LINE_CHARACTERS_MAX = 2000
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def _microseconds(line: str) -> int:
+    """The time a line begins with; 0 where it continues another."""
+    if line[23:24] != "Z":
+        return 0
+    try:
+        moment = datetime.fromisoformat(line[:24])
+    except ValueError:
+        return 0
+    return (moment - EPOCH) // timedelta(microseconds=1)
 
 
 class _Format(logging.Formatter):
@@ -34,14 +50,16 @@ class Logbook(logging.Handler):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.lines: deque[str] = deque(maxlen=LINES_MAX)  # G2
-        self.count = 0
+        self.lines: deque[tuple[int, str]] = deque(maxlen=LINES_MAX)  # G2
+        self.newest = 0
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if path.exists():
             with path.open("rb") as file:
-                file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+                skipped = max(0, path.stat().st_size - TAIL_BYTES)
+                file.seek(skipped)
                 old = file.read().decode(errors="replace").splitlines()
-            self.lines.extend(old[-LINES_MAX:])
+            for line in old[1 if skipped else 0 :]:  # the first may have lost its beginning
+                self._keep(line)
         self._file = logging.handlers.RotatingFileHandler(
             path, maxBytes=FILE_BYTES_MAX, backupCount=1, encoding="utf-8"
         )  # G1
@@ -54,15 +72,17 @@ class Logbook(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self._file.emit(record)
         for line in self.format(record).splitlines():
-            self.lines.append(line[:LINE_CHARACTERS_MAX])
-            self.count += 1
+            self._keep(line)
+
+    def _keep(self, line: str) -> None:
+        """G3."""
+        self.newest = max(self.newest + 1, _microseconds(line))
+        self.lines.append((self.newest, line[:LINE_CHARACTERS_MAX]))
 
     def read(self, after: int, contains: str, limit: int) -> tuple[int, list[str]]:
-        """The number of the newest line, and those after `after` that contain a text."""
-        first = self.count - len(self.lines) + 1
-        start = max(0, after + 1 - first) if after else 0
-        found = [line for i, line in enumerate(self.lines) if i >= start and contains in line]
-        return self.count, found[-limit:]
+        """The number of the newest line, and the newest `limit` after `after` with a text."""
+        found = [line for number, line in self.lines if number > after and contains in line]
+        return self.newest, found[-limit:]
 
     def close(self) -> None:
         self._file.close()

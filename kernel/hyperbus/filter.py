@@ -1,7 +1,8 @@
 """The filter that drops, delays and cuts, for tests and for link emulation.
 
-Interface rules: pure; the driver asks `verdict(peer)` for each frame that leaves and each one that
-arrives. A cut is one-way: `cut_to` stops what this node sends, `cut_from` what it receives.
+Interface rules: pure; the driver asks `outgoing_ms` for each frame that leaves and `incoming` for
+each one that arrives. A cut is one-way: `cut_to` stops what this node sends, `cut_from` what it
+receives.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """The pure half of the bus: queues to frames, frames to envelopes, chunks to messages.
 
 Interface rules: no socket and no clock. `Outbox` belongs to one peer and one plane.
-Invariants: F1 a frame never exceeds `FRAME_BYTES_MAX` or `FRAME_ENVELOPES_MAX`; F2 a queue refuses
-(`Unavailable`) instead of growing past its bounds; F3 reassembly per peer holds at most
-`REASSEMBLY_BYTES_MAX`, oldest stream dropped first.
+Invariants: F1 a frame never exceeds `FRAME_BYTES_MAX` or `FRAME_ENVELOPES_MAX`; F2 a queue that has
+reached a bound refuses (`Unavailable`), so that it exceeds one by at most a single message; F3
+reassembly holds at most `REASSEMBLY_BYTES_MAX`, whoever sends; the oldest stream is dropped first.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
 
 import msgspec
@@ -18,7 +18,9 @@ from manifold.kernel.hyperbus.messages import (
     CHUNK_BYTES,
     MESSAGE_BYTES_MAX,
     REASSEMBLY_BYTES_MAX,
+    REASSEMBLY_SOURCE_STREAMS_MAX,
     REASSEMBLY_STREAMS_MAX,
+    UNDECODABLE,
     VERSION,
     VERSION_OLDEST,
     Chunk,
@@ -113,7 +115,7 @@ def decode_frame(data: bytes, cluster: str) -> Frame:
         raise PeerError(f"A frame of {len(data)} bytes is larger than {FRAME_BYTES_MAX}.")
     try:
         frame = _frame_decoder.decode(data)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise PeerError(f"A frame does not decode: {error}.") from error
     if not VERSION_OLDEST <= frame.version <= VERSION:
         raise PeerError(
@@ -129,36 +131,78 @@ def decode_envelope(data: bytes) -> Envelope:
     """Decode one reassembled envelope."""
     try:
         return _envelope_decoder.decode(data)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise PeerError(f"A reassembled message does not decode: {error}.") from error
 
 
+@dataclass(slots=True)
+class _Stream:
+    """The parts of one message that have come so far."""
+
+    count: int
+    parts: list[bytes] = field(default_factory=list)
+    held_bytes: int = 0
+
+
+# Who sent it, in which of its lives, by which line: each numbers its streams for itself.
+Origin = tuple[str, int, str]
+
+
 class Reassembly:
-    """Chunks of one peer, put together again."""
+    """Chunks of every peer, put together again."""
 
     def __init__(self) -> None:
-        self._streams: OrderedDict[int, list[bytes]] = OrderedDict()
+        self._streams: OrderedDict[tuple[Origin, int], _Stream] = OrderedDict()
+        self._per_source: Counter[str] = Counter()
         self.held_bytes = 0
 
-    def add(self, chunk: Chunk) -> bytes | None:
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def add(self, origin: Origin, chunk: Chunk) -> bytes | None:
         """The whole message when `chunk` was its last part, else None.
 
         Chunks of a stream come in order (one pipe); a gap means that a connection broke, and the
         whole stream is given up: the protocol that owns the request retries it.
         """
-        parts = self._streams.setdefault(chunk.stream, [])
-        if chunk.index != len(parts):
-            self._forget(chunk.stream)
+        key = (origin, chunk.stream)
+        if chunk.index == 0:
+            self._forget(key)  # a line that was opened anew counts from the start again
+            self._streams[key] = _Stream(chunk.count)
+            self._per_source[origin[0]] += 1
+        stream = self._streams.get(key)
+        if stream is None:
             return None
-        parts.append(chunk.data)
+        if chunk.index != len(stream.parts) or chunk.count != stream.count:
+            self._forget(key)
+            return None
+        stream.parts.append(chunk.data)
+        stream.held_bytes += len(chunk.data)
         self.held_bytes += len(chunk.data)
-        if len(parts) == chunk.count:
-            whole = b"".join(parts)
-            self._forget(chunk.stream)
-            return whole
-        while self.held_bytes > REASSEMBLY_BYTES_MAX or len(self._streams) > REASSEMBLY_STREAMS_MAX:
-            self._forget(next(iter(self._streams)))  # F3
+        if len(stream.parts) == stream.count:
+            self._forget(key)
+            return b"".join(stream.parts)
+        self._bound(origin[0])
         return None
 
-    def _forget(self, stream: int) -> None:
-        self.held_bytes -= sum(map(len, self._streams.pop(stream)))
+    def forget(self, source: str) -> None:
+        """Drop what has come of `source`."""
+        if self._per_source[source]:
+            for key in [key for key in self._streams if key[0][0] == source]:
+                self._forget(key)
+
+    def _bound(self, source: str) -> None:
+        """F3."""
+        if self._per_source[source] > REASSEMBLY_SOURCE_STREAMS_MAX:
+            self._forget(next(key for key in self._streams if key[0][0] == source))
+        while self.held_bytes > REASSEMBLY_BYTES_MAX or len(self._streams) > REASSEMBLY_STREAMS_MAX:
+            self._forget(next(iter(self._streams)))
+
+    def _forget(self, key: tuple[Origin, int]) -> None:
+        stream = self._streams.pop(key, None)
+        if stream is None:
+            return
+        self.held_bytes -= stream.held_bytes
+        self._per_source[key[0][0]] -= 1
+        if not self._per_source[key[0][0]]:
+            del self._per_source[key[0][0]]

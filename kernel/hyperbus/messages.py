@@ -19,13 +19,17 @@ VERSION_OLDEST = 1  # still understood
 
 CLIENT_PREFIX = "C-"  # of a client's identity; a node's is its KID
 
-CHUNK_BYTES = 512 << 10  # two chunks a frame: control never waits longer than one of them
-MESSAGE_BYTES_MAX = 64 << 20  # 128 chunks; more than that is fetched in parts by its protocol
-REASSEMBLY_BYTES_MAX = 128 << 20  # per peer: two of the largest messages under way
-REASSEMBLY_STREAMS_MAX = 16  # per peer
-NNG_BUFFER_MESSAGES = 128  # nng's own queue on each side of a pipe
+CHUNK_BYTES = 508 << 10  # two in a frame: (1 MiB - 4 KiB of overhead) / 2, less their headers
+MESSAGE_BYTES_MAX = 64 << 20  # 130 chunks; more than that is fetched in parts by its protocol
+REASSEMBLY_BYTES_MAX = 128 << 20  # of all peers together: two of the largest messages under way
+REASSEMBLY_STREAMS_MAX = 64  # of all peers together, as many as are dialed
+REASSEMBLY_SOURCE_STREAMS_MAX = 16  # of one source, so that it cannot push out all others
+REFUSAL_CHARACTERS_MAX = 256  # of an `Unwelcome`'s reason
 REQUESTS_MAX = 65_536  # requests in flight per process
-REVERSE_IDLE_MS = 60_000.0  # an unused reverse channel is closed after this
+REVERSE_IDLE_MS = 60_000.0  # a reverse channel that nobody dials is closed after this
+
+# What decoding bytes from elsewhere may raise: msgspec lets text that is not UTF-8 out as it comes.
+UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 Text = Annotated[str, Meta(max_length=256)]
 

@@ -7,19 +7,16 @@ An address is a base: `ipc:///dir/name` has the door at `.d`, control at `.c` an
 
 from __future__ import annotations
 
+import errno
 import functools
-from typing import Any
+import socket
+from typing import Any, TypeVar
 
 import pynng
 
 from manifold.kernel.effects import Plane
 from manifold.kernel.errors import PeerError
-from manifold.kernel.hyperbus.messages import (
-    NNG_BUFFER_MESSAGES,
-)
-from manifold.kernel.limits import (
-    FRAME_BYTES_MAX,
-)
+from manifold.kernel.limits import FRAME_BYTES_MAX, SOCKET_BUFFER_FRAMES
 
 # Room for a seal's counter and tag around the largest frame.
 SEALED_BYTES_MAX = FRAME_BYTES_MAX + 256
@@ -28,6 +25,7 @@ RECONNECT_MS_MIN = 20
 RECONNECT_MS_MAX = 1000
 
 DOOR = "door"
+T = TypeVar("T", pynng.Pull0, pynng.Push0)
 _ENDING = {DOOR: ".d", Plane.CONTROL: ".c", Plane.DATA: ".a"}
 
 
@@ -65,32 +63,68 @@ def _limits() -> dict[str, Any]:
 
 def puller(listen: str = "", dial: str = "") -> pynng.Pull0:
     """A socket to receive on, listening or (a reverse channel) dialing."""
-    socket = pynng.Pull0(recv_buffer_size=NNG_BUFFER_MESSAGES, **_limits())
-    if listen:
-        socket.listen(listen)
-    else:
-        socket.dial(dial, block=False)
-    return socket
+    return _placed(pynng.Pull0(recv_buffer_size=SOCKET_BUFFER_FRAMES, **_limits()), listen, dial)
 
 
 def pusher(listen: str = "", dial: str = "") -> pynng.Push0:
     """A socket to send on, dialing or (a reverse channel) listening."""
-    socket = pynng.Push0(send_buffer_size=NNG_BUFFER_MESSAGES, **_limits())
-    if listen:
-        socket.listen(listen)
-    else:
-        socket.dial(dial, block=False)
-    return socket
+    return _placed(pynng.Push0(send_buffer_size=SOCKET_BUFFER_FRAMES, **_limits()), listen, dial)
+
+
+def _placed(sock: T, listen: str, dial: str) -> T:
+    try:
+        if listen:
+            sock.listen(listen)
+        else:
+            sock.dial(dial, block=False)
+    except pynng.NNGException:
+        sock.close()
+        raise
+    return sock
+
+
+def receive(sock: pynng.Pull0 | pynng.Rep0) -> bytes | None:
+    """The next message, or None where none is here. Never waits."""
+    try:
+        data: bytes = sock.recv(block=False)
+    except pynng.TryAgain:
+        return None
+    except (
+        RuntimeError
+    ):  # an empty message: nng gives no buffer, and pynng 0.9 unpacks it all the same
+        return b""
+    return data
 
 
 def answerer(listen: str) -> pynng.Rep0:
     """The door."""
-    socket = pynng.Rep0(**_limits())
-    socket.listen(listen)
-    return socket
+    sock = pynng.Rep0(**_limits())
+    sock.listen(listen)
+    return sock
 
 
 def asker(dial: str, timeout_ms: float) -> pynng.Req0:
-    """A client at somebody's door; raises pynng.ConnectionRefused and the like at once."""
+    """A client at somebody's door. `pynng.ConnectionRefused` at once where nobody listens.
+
+    It dials without waiting: nng's own wait for a process that is stopped is 20 s, whatever the
+    timeouts of the socket.
+    """
+    if not listens(dial):
+        raise pynng.ConnectionRefused("nobody listens there", errno.ECONNREFUSED)
     timeout = int(timeout_ms)
-    return pynng.Req0(dial=dial, send_timeout=timeout, recv_timeout=timeout, **_limits())
+    return pynng.Req0(
+        dial=dial, block_on_dial=False, send_timeout=timeout, recv_timeout=timeout, **_limits()
+    )
+
+
+def listens(url: str) -> bool:
+    """Whether somebody listens at a socket of this host. Does not wait."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)  # connecting on one host ends at once, either way
+        try:
+            probe.connect(url.removeprefix("ipc://"))
+        except BlockingIOError:
+            return True  # its queue is full
+        except OSError:
+            return False
+    return True

@@ -1,4 +1,8 @@
-"""Framed messages over a socket pair: blocking for the worker, non-blocking for the node."""
+"""Framed messages over a socket pair: blocking for the worker, non-blocking for the node.
+
+Interface rules: a message is its length in `LENGTH_BYTES` big-endian bytes, then MessagePack.
+`PeerError` means that the other end does not keep to that: the channel is of no use any more.
+"""
 
 from __future__ import annotations
 
@@ -50,10 +54,17 @@ class Channel(Generic[T]):
             if len(self._incoming) - at - LENGTH_BYTES < size:
                 break
             at += LENGTH_BYTES
-            found.append(self._decoder.decode(memoryview(self._incoming)[at : at + size]))
+            found.append(self._decode(at, size))
             at += size
         del self._incoming[:at]
         return found
+
+    def _decode(self, at: int, size: int) -> T:
+        with memoryview(self._incoming) as whole:
+            try:
+                return self._decoder.decode(whole[at : at + size])
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                raise PeerError(f"A local message does not decode: {error}.") from error
 
     def wait(self, timeout_s: float | None = None) -> list[T]:
         """As `take`, after waiting for something to arrive."""

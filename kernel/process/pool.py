@@ -21,7 +21,7 @@ from typing import Protocol
 
 import msgspec
 
-from manifold.kernel.errors import ManifoldError, Unavailable
+from manifold.kernel.errors import ManifoldError, PeerError, Unavailable
 from manifold.kernel.process.channel import Channel, Closed
 from manifold.kernel.process.messages import (
     Abort,
@@ -86,6 +86,7 @@ class Pool:
         self._loop = asyncio.get_running_loop()
         self._workers: dict[int, _Worker] = {}
         self._check: asyncio.TimerHandle | None = None
+        self._forking: dict[socket.socket, socket.socket] = {}  # asked for; the child's end
 
     # -- runs ---------------------------------------------------------------------------------
 
@@ -142,6 +143,9 @@ class Pool:
 
     def _ask(self, worker: _Worker, theirs: socket.socket) -> None:
         spec = msgspec.msgpack.encode(msgspec.structs.replace(self._template, slot=worker.slot))
+        if self._workers.get(worker.slot) is not worker:  # given up while it waited to be forked
+            theirs.close()
+            return
         try:
             connection = request_fork(self._zygote, WORKER_ENTRY, spec, [theirs.fileno()])
         except Unavailable as error:
@@ -152,11 +156,12 @@ class Pool:
                 return
             self._loop.call_later(RETRY_S, self._ask, worker, theirs)
             return
-        connection.setblocking(False)
+        self._forking[connection] = theirs
         self._loop.add_reader(connection, self._forked, worker, connection, theirs)
 
     def _forked(self, worker: _Worker, connection: socket.socket, theirs: socket.socket) -> None:
         self._loop.remove_reader(connection)
+        del self._forking[connection]
         theirs.close()  # only the child has it now: its end closes this channel
         try:
             worker.pid = read_forked(connection)
@@ -166,14 +171,19 @@ class Pool:
         with contextlib.suppress(ProcessLookupError):  # gone already: the channel tells
             worker.pidfd = os.pidfd_open(worker.pid)
         worker.heard_s = self._loop.time()
-        if self._workers.get(worker.slot) is not worker:
+        if self._workers.get(worker.slot) is not worker:  # lost while it was forked
             self._kill(worker)
+            self._forget_process(worker)
 
     def _readable(self, worker: _Worker) -> None:
         try:
             messages = worker.channel.take()
         except Closed:
             self._lose(worker, "its worker process ended")
+            return
+        except PeerError as error:
+            self._kill(worker)
+            self._lose(worker, f"it broke the protocol and was killed: {error.message}")
             return
         worker.heard_s = self._loop.time()
         for message in messages:
@@ -194,9 +204,7 @@ class Pool:
         if worker.writing:
             self._loop.remove_writer(worker.channel.socket)
         worker.channel.socket.close()
-        if worker.pidfd >= 0:
-            os.close(worker.pidfd)
-            worker.pidfd = -1
+        self._forget_process(worker)
         if self._workers.get(worker.slot) is worker:
             del self._workers[worker.slot]
             log.warning("worker %d (pid %d): %s", worker.slot, worker.pid, reason)
@@ -207,6 +215,11 @@ class Pool:
         if worker.pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+
+    def _forget_process(self, worker: _Worker) -> None:
+        if worker.pidfd >= 0:
+            os.close(worker.pidfd)
+            worker.pidfd = -1
 
     def _supervise(self) -> None:
         """L2."""
@@ -234,6 +247,10 @@ class Pool:
                 self._loop.remove_writer(worker.channel.socket)
             worker.channel.socket.close()
             self._kill(worker)
-            if worker.pidfd >= 0:
-                os.close(worker.pidfd)
+            self._forget_process(worker)
         self._workers.clear()
+        for connection, theirs in self._forking.items():
+            self._loop.remove_reader(connection)
+            connection.close()
+            theirs.close()
+        self._forking.clear()

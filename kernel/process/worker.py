@@ -4,7 +4,9 @@ Interface rules: forked by the zygote; its only connection is the channel to its
 at the channel between blocks and whenever the program's gas slice runs out, so that cancel and
 shrink are seen within about `slice_ms`. Whatever the program does ends as a `Fault`; what is our
 own bug ends the process, and the node starts another.
-Invariants: W1 one run at a time, its blocks in order; W2 exactly one `Ended` for each `Compute`.
+Invariants: W1 one run at a time, its blocks in order; W2 exactly one `Ended` for each `Compute`;
+W3 a `Limit` or an `Abort` of a run that waits behind another is answered at once, so that a node
+never mistakes a worker that is busy with something else for one that does not listen.
 """
 
 from __future__ import annotations
@@ -108,13 +110,16 @@ class Worker:
 
     def _program(self, compute: Compute) -> Program:
         program = self._programs.get(compute.program)
-        if program is None:
-            if not compute.ir:
+        if not compute.ir:
+            if program is None:
                 raise Trap("This worker was not sent the program.", "Submit the job again.")
-            program = decode(compute.ir)
-            if len(self._programs) >= PROGRAMS_MAX:
-                self._programs.pop(next(iter(self._programs)))
-            self._programs[compute.program] = program
+            return program
+        # In the order in which they were last sent, so that the node forgets each before we do.
+        self._programs.pop(compute.program, None)
+        if len(self._programs) >= PROGRAMS_MAX:
+            self._programs.pop(next(iter(self._programs)))
+        program = program or decode(compute.ir)
+        self._programs[compute.program] = program
         return program
 
     def _block(self, unit: Unit, compute: Compute, block: int) -> Result:
@@ -185,10 +190,10 @@ class Worker:
             self._hear(message)
 
     def _hear(self, message: ToWorker) -> None:
-        """Act on what concerns the present run; keep what concerns a later one for its turn."""
+        """Act on what concerns the present run or one that waits; the rest came too late."""
         assert self._compute is not None
         if message.run > self._compute.run:
-            self._queue.append(message)
+            self._hear_of_waiting(message)
         elif message.run == self._compute.run:
             match message:
                 case Limit(last=last):
@@ -200,6 +205,23 @@ class Worker:
                     self._aborted = True
                 case Compute():
                     raise AssertionError("a run is started once")
+
+    def _hear_of_waiting(self, message: ToWorker) -> None:
+        """W3."""
+        if isinstance(message, Compute):
+            self._queue.append(message)
+            return
+        waiting = next((w for w in self._queue if w.run == message.run), None)
+        if not isinstance(waiting, Compute):
+            return
+        at = self._queue.index(waiting)
+        if isinstance(message, Abort):
+            del self._queue[at]
+            self._channel.send(Ended(message.run, None))
+            return
+        last = min(max(message.last, waiting.first), waiting.last)
+        self._queue[at] = msgspec.structs.replace(waiting, last=last)
+        self._channel.send(Limited(message.run, last))
 
     def _tell(self, ended: Ended | None = None) -> None:
         assert self._compute is not None

@@ -5,7 +5,8 @@ Interface rules: it listens on a SOCK_SEQPACKET Unix socket. One connection is o
 `Fork` with the file descriptors the child is to get; the answer is `Forked`. An entry point is
 `module:function(payload: bytes, fds: list[int], liveness_fd: int)`, of a preloaded module.
 Invariants: Z1 single-threaded when it forks; Z2 when the liveness pipe closes (the supervisor is
-gone, however it went) every child is killed and the runtime directory is removed, then it exits.
+gone, however it went) every child is killed and what the cluster has on this host is cleared, then
+it exits; Z3 a child never outlives it, whichever way it goes; Z4 nobody who connects can stop it.
 Why not multiprocessing's forkserver: each node would get one of its own, and it knows no liveness.
 """
 
@@ -17,8 +18,8 @@ import ctypes
 import gc
 import importlib
 import os
+import resource
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -29,12 +30,18 @@ from collections.abc import Callable
 import msgspec
 
 from manifold.kernel.errors import Unavailable
+from manifold.kernel.process.remains import Remains, clear
 
 FDS_MAX = 4
 REQUEST_BYTES_MAX = 128 << 10  # under the socket's default buffer of 208 KiB
+# A node needs about 600 at most: 256 dialers of 2, 16 reverse channels of 2, its workers, itself.
+# The rest is for who connects to it: with the usual limit of 1024 a flood of them stops a node.
+DESCRIPTORS_MAX = 16_384
 GRACE_S = 1.0  # children see the closed pipe themselves; after this they are killed
+ASK_S = 0.5  # who connects has this long to say what for; a request is one write
 PR_SET_PDEATHSIG = 1
 
+_libc = ctypes.CDLL(None, use_errno=True)
 Entry = Callable[[bytes, list[int], int], None]
 
 
@@ -48,8 +55,12 @@ class Forked(msgspec.Struct, frozen=True):
 
 
 def request_fork(path: str, entry: str, payload: bytes, fds: list[int]) -> socket.socket:
-    """Ask the zygote at `path` for a child; the answer can be read from the returned socket."""
+    """Ask the zygote at `path` for a child; the answer can be read from the returned socket.
+
+    Does not block: where too many ask at once it is `Unavailable`.
+    """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.setblocking(False)
     try:
         connection.connect(path)
         message = msgspec.msgpack.encode(Fork(entry, payload))
@@ -66,17 +77,21 @@ def request_fork(path: str, entry: str, payload: bytes, fds: list[int]) -> socke
 def read_forked(connection: socket.socket) -> int:
     """The pid of the child that was asked for on `connection`, which is closed."""
     with connection:
-        answer = connection.recv(4096)
+        try:
+            answer = connection.recv(4096)
+        except ConnectionResetError:
+            answer = b""
     if not answer:
         raise Unavailable("The process that forks workers ended.", "It is being restarted.")
     return msgspec.msgpack.decode(answer, type=Forked).pid
 
 
 class Zygote:
-    def __init__(self, listener: socket.socket, liveness_fd: int, runtime_dir: str) -> None:
+    def __init__(self, listener: socket.socket, liveness_fd: int, remains: Remains) -> None:
         self._listener = listener
         self._liveness_fd = liveness_fd
-        self._runtime_dir = runtime_dir
+        self._remains = remains
+        self._pid = os.getpid()
         self._children: set[int] = set()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
@@ -101,13 +116,15 @@ class Zygote:
 
     def _answer(self) -> None:
         connection, _ = self._listener.accept()
+        fds: list[int] = []
         with connection:
-            message, fds, _, _ = socket.recv_fds(connection, REQUEST_BYTES_MAX, FDS_MAX)
+            connection.settimeout(ASK_S)  # Z4
             try:
+                message, fds, _, _ = socket.recv_fds(connection, REQUEST_BYTES_MAX, FDS_MAX)
                 request = msgspec.msgpack.decode(message, type=Fork)
                 pid = self._fork(request, fds, connection)
                 connection.send(msgspec.msgpack.encode(Forked(pid)))
-            except (msgspec.DecodeError, OSError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
                 print(f"zygote: a request was not served: {error}", file=sys.stderr, flush=True)
             finally:
                 for fd in fds:
@@ -120,6 +137,7 @@ class Zygote:
             return pid
         status = 1
         try:
+            _die_with_parent(self._pid)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os.close(self._wake_read)
@@ -150,10 +168,14 @@ class Zygote:
             self._children.discard(pid)
 
     def _end(self) -> None:
-        """Z2: see every child gone, then take the runtime directory away."""
+        """Z2: see every child gone, then take away what the cluster has here."""
         deadline = time.monotonic() + GRACE_S
         while self._children and time.monotonic() < deadline:
-            select.select([self._wake_read], [], [], deadline - time.monotonic())
+            woken, _, _ = select.select(
+                [self._wake_read], [], [], max(0.0, deadline - time.monotonic())
+            )
+            if woken:
+                os.read(self._wake_read, 4096)
             self._reap()
         for pid in sorted(self._children):
             with contextlib.suppress(ProcessLookupError):
@@ -161,22 +183,30 @@ class Zygote:
         while self._children:
             pid, _ = os.waitpid(-1, 0)
             self._children.discard(pid)
-        if self._runtime_dir:
-            shutil.rmtree(self._runtime_dir, ignore_errors=True)
+        clear(self._remains)
+
+
+def _die_with_parent(parent: int) -> None:
+    """Z3: be killed when the zygote is."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was killed before we asked
+        os._exit(1)
 
 
 def main(arguments: list[str]) -> None:
-    """`LISTENER_FD LIVENESS_FD RUNTIME_DIR MODULE…`; the directory may be empty."""
-    listener_fd, liveness_fd, runtime_dir, *modules = arguments
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, 0)
+    """`RUNTIME_DIR LISTENER_FD LIVENESS_FD REMAINS MODULE…`; the directory is there for `ps`."""
+    _, listener_fd, liveness_fd, remains, *modules = arguments
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's
     listener = socket.socket(fileno=int(listener_fd))
     for module in modules:
         importlib.import_module(module)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = DESCRIPTORS_MAX if hard == resource.RLIM_INFINITY else min(DESCRIPTORS_MAX, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     gc.collect()
     gc.freeze()  # the children share these pages: a collection must not write to them
     listener.listen(64)
-    Zygote(listener, int(liveness_fd), runtime_dir).serve()
+    Zygote(listener, int(liveness_fd), msgspec.json.decode(remains, type=Remains)).serve()
 
 
 if __name__ == "__main__":
