@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from manifold.kernel import messages as m
-from manifold.kernel.errors import ManifoldError, NotFound, Unavailable
+from manifold.kernel.errors import ManifoldError, Maybe, NoCluster, NotFound, Unavailable
 from manifold.kernel.geode.messages import Decision, Demand
 from manifold.kernel.scheduler.messages import (
     INDICES_EXPLICIT_MAX,
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 CHECK_S = 1.0  # a job of which nothing was heard for so long is asked about
 ASK_TIMEOUT_MS = 1500.0
 RESUBMITS_MAX = 20
+LOST_S = 5.0  # with no node that answers: a supervisor starts a node again within a second
+REATTACH_S = 0.25
 TASKS_PER_BATCH_MAX = 4096
 FETCHES = 4  # parts of a large result asked for at once
 
@@ -67,13 +69,14 @@ def new_job() -> str:
 class _Job:
     """One submitted job on the connection's thread."""
 
-    __slots__ = ("finished", "futures", "heard_s", "ir", "resubmits", "spec", "task")
+    __slots__ = ("finished", "futures", "heard_s", "ir", "lost_s", "resubmits", "spec", "task")
 
     def __init__(self, spec: JobSpec, ir: bytes, futures: list[Future]) -> None:
         self.spec = spec
         self.ir = ir
         self.futures = futures
         self.heard_s = 0.0
+        self.lost_s = 0.0
         self.resubmits = 0
         self.finished = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
@@ -285,7 +288,19 @@ class Client:
         if await self._connection.lives():
             return
         attached = self._connection.attached
-        await self._connection.attach(attached.address if attached is not None else "")
+        try:
+            await self._connection.attach(attached.address if attached is not None else "")
+        except NoCluster as gone:
+            now_s = self._connection.loop.time()
+            job.lost_s = job.lost_s or now_s
+            if now_s - job.lost_s > LOST_S:
+                raise Maybe(
+                    "No node of the cluster answers any more; what became of the job is not known.",
+                    "`manifold status` says whether it is back; a job may be run again.",
+                ) from gone
+            await asyncio.sleep(REATTACH_S)
+        else:
+            job.lost_s = 0.0
 
     async def _ask(self, identity: str, job: _Job) -> None:
         try:

@@ -1,14 +1,19 @@
-"""Programs as users name them: a path, a source text, or one that is assembled already."""
+"""Programs as users name them: a path, a source text, a kernel, or what is assembled already."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from manifold.kernel.errors import InvalidProgram
 from manifold.vm.syntax import Program, load
 from manifold.vm.valid import verify
 
-Source = str | Path | Program
+if TYPE_CHECKING:
+    from manifold.vm.python.kinds import KernelBase
+
+    Source = str | Path | Program | KernelBase
+
 SOURCE_BYTES_MAX = 16 << 20
 
 
@@ -16,10 +21,12 @@ def program_of(source: Source) -> Program:
     """Load, assemble and verify; `InvalidProgram` names file, line and what to do.
 
     A text with a line break, or one that ends neither in `.ent` nor `.json`, is source text of the
-    `.ent` language; anything else is a path.
+    `.ent` language; anything else is a path. A kernel has been verified when it was decorated.
     """
     if isinstance(source, Program):
         return source
+    if not isinstance(source, (str, Path)):
+        return _of_kernel(source)
     text = str(source)
     if isinstance(source, str) and ("\n" in text or not text.endswith((".ent", ".json"))):
         program = load(text, "program.ent")
@@ -35,3 +42,15 @@ def program_of(source: Source) -> Program:
             ) from error
     verify(program)
     return program
+
+
+def _of_kernel(source: Any) -> Program:
+    """A kernel has a program; a function without its decorator has none."""
+    program = getattr(source, "program", None)
+    if isinstance(program, Program):
+        return program
+    name = getattr(source, "__name__", type(source).__name__)
+    raise InvalidProgram(
+        f"{name} is not a program.",
+        "Write @manifold.kernel before its def, or pass a path or the text of a program.",
+    )

@@ -44,6 +44,8 @@ def _gather(
         try:
             answer = client.log(alias, after.get(alias, 0), contains)
         except ManifoldError as error:
+            if len(aliases) == 1 and alias not in after:
+                raise  # it was asked for by name
             if alias not in after:
                 click.secho(f"{alias}: {error.message}", fg="yellow", err=True)
                 after[alias] = 0

@@ -42,15 +42,20 @@ def asm(file: Path, as_json: bool) -> None:
     default="collect",
     help="With --wat: the reduction it is compiled for.",
 )
-def disasm(file: Path, wat: bool, how: str) -> None:
+@json_option
+def disasm(file: Path, wat: bool, how: str, as_json: bool) -> None:
     """Show the instructions of FILE, or what they compile to."""
     program = program_of(file)
     if wat:
         from manifold.vm.compile import compile_wat
         from manifold.vm.valid import verify
 
-        click.echo(compile_wat(verify(program), how), nl=False)
-        return
-    from manifold.vm.syntax import disassemble
+        text = compile_wat(verify(program), how)
+    else:
+        from manifold.vm.syntax import disassemble
 
-    click.echo(disassemble(program), nl=False)
+        text = disassemble(program)
+    if as_json:
+        print_json({"kid": program.kid, "text": text})
+    else:
+        click.echo(text, nl=False)

@@ -23,6 +23,7 @@ from manifold.shells.verbs.common import (
 
 SHOWN_MAX = 20  # entries of a collected result printed on a terminal
 INDEX_LIMIT = 1 << 63
+SECONDS_MAX = 365 * 86_400.0
 
 
 class Range(click.ParamType[Any]):
@@ -59,6 +60,21 @@ class Numbers(click.ParamType[Any]):
             self.fail(f"{value!r} is not a list of numbers: write them like 3,0.5.")
 
 
+class Seconds(click.ParamType[Any]):
+    """A time from 0 to a year, in seconds."""
+
+    name = "SECONDS"
+
+    def convert(self, value: Any, parameter: Any, context: Any) -> float:
+        try:
+            found = float(value)
+        except ValueError:
+            found = -1.0
+        if not 0 <= found <= SECONDS_MAX:
+            self.fail(f"{value!r} is not a time: write seconds, such as 2.5.")
+        return found
+
+
 def _number(text: str) -> int | float:
     try:
         return int(text)
@@ -77,7 +93,7 @@ def _number(text: str) -> int | float:
     show_default=True,
 )
 @click.option("--args", "arguments", type=Numbers(), default="", help="Cells after the index.")
-@click.option("--timeout", type=float, default=0.0, help="Seconds; 0 is none.")
+@click.option("--timeout", type=Seconds(), default=0.0, help="Seconds; 0 is none.")
 @click.option("--class", "node_class", default="", help="Only on nodes of this class.")
 @click.option("--on", "on_node", default="", metavar="NODE", help="Only on this node.")
 @click.option("--gpu", is_flag=True, help="Only on nodes with a GPU.")

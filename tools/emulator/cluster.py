@@ -7,15 +7,15 @@ is running. `down` ends whatever supervises a cluster and returns once nothing o
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from manifold.kernel import places
 from manifold.kernel.config import Config, NodeClass
+from manifold.kernel.errors import Unavailable
 from manifold.kernel.node import NodeSpec
-from manifold.kernel.process import throttle
+from manifold.kernel.process import remains, throttle
 from manifold.tools.emulator import record
 from manifold.tools.emulator.supervisor import Supervisor, refuse_taken
 
@@ -28,11 +28,12 @@ def node_spec(
     seeds: tuple[str, ...],
     environ: Mapping[str, str],
     zygote: str,
+    roots: throttle.Roots = throttle.ROOTS,
 ) -> NodeSpec:
     """The specification of one node on this host."""
     group = f"{runtime.name}/{alias}"
     cores = kind.cores * kind.compute
-    cgroup = throttle.prepare(group, cores) if kind.compute < 1.0 else ""
+    cgroup = throttle.prepare(group, cores, roots) if kind.compute < 1.0 else ""
     address = f"ipc://{places.ipc_path(runtime, alias)}"
     return NodeSpec(
         alias, kind.name, config, str(places.state_dir(config.cluster, alias, environ)), address,
@@ -46,23 +47,39 @@ async def up(
     count: int,
     environ: Mapping[str, str],
     on_event: Callable[[str], None],
+    roots: throttle.Roots = throttle.ROOTS,
 ) -> Supervisor:
-    """Start `count` nodes spread over the classes. `Refused` where the cluster is up already."""
+    """Start `count` nodes spread over the classes. `Refused` where the cluster is up already.
+
+    Agents of this cluster that run on this host already are joined. `roots` are where cgroups may
+    be made; with none, compute shares are kept by pacing.
+    """
     runtime = places.runtime_path(config.cluster, environ)
     lock = record.Lock(places.cluster_dir(config.cluster, environ))
     refuse_taken(lock, count, runtime)
-    shutil.rmtree(runtime, ignore_errors=True)  # a supervisor that was killed may have left it
-    runtime = places.runtime_dir(config.cluster, environ)
-    members = config.spread(count)
-    seeds = tuple(f"ipc://{places.ipc_path(runtime, alias)}" for alias, _ in members)
-    zygote = str(runtime / "zygote")
-    specs = [
-        node_spec(config, alias, kind, runtime, seeds, environ, zygote) for alias, kind in members
-    ]
-    for spec in specs:
-        Path(spec.state_dir).mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        remains.clear_folder(runtime)  # who was killed may have left it
+        runtime = places.runtime_dir(config.cluster, environ)
+        agents = [str(path)[:-2] for path in sorted(runtime.glob("*.d"))]
+        members = config.spread(count)
+        addresses = [str(places.ipc_path(runtime, alias)) for alias, _ in members]
+        seeds = tuple(f"ipc://{path}" for path in (*addresses, *agents))
+        zygote = str(runtime / "zygote")
+        specs = [
+            node_spec(config, alias, kind, runtime, seeds, environ, zygote, roots)
+            for alias, kind in members
+        ]
+        for spec in specs:
+            Path(spec.state_dir).mkdir(parents=True, exist_ok=True, mode=0o700)
+    except BaseException:
+        lock.release()
+        raise
     supervisor = Supervisor(specs, runtime, lock, on_event=on_event)
-    await supervisor.start()
+    try:
+        await supervisor.start()
+    except BaseException:
+        await supervisor.stop()
+        raise
     return supervisor
 
 
@@ -70,10 +87,18 @@ def down(cluster: str, environ: Mapping[str, str]) -> bool:
     """End the cluster; False where none was up. What a killed supervisor left is removed."""
     folder = places.cluster_dir(cluster, environ)
     found = record.holder(folder)
-    if found is not None and record.signal_holder(found, signal.SIGTERM):
-        record.wait_released(folder)
-        return True
+    was_up = found is not None and record.signal_holder(found, signal.SIGTERM)
+    if not record.wait_released(folder):
+        # It was told to and did not: with it the liveness pipe closes, and everything ends.
+        if found is not None:
+            record.signal_holder(found, signal.SIGKILL)
+        if not record.wait_released(folder):
+            raise Unavailable(
+                f"Processes of cluster {cluster!r} do not end.",
+                f"See who holds {folder / 'supervisor.lock'}.",
+            )
     runtime = places.runtime_path(cluster, environ)
     if os.path.isdir(runtime):
-        shutil.rmtree(runtime, ignore_errors=True)
-    return False
+        remains.clear_folder(runtime)
+    throttle.remove_all(runtime.name)
+    return was_up

@@ -2,9 +2,11 @@
 
 Interface rules: `Supervisor.start`, then `run` until `stop` is called or every node was told to go.
 It opens no nng socket itself. It alone holds the write end of the liveness pipe: when it ends, in
-whatever way, every process of the cluster ends too and the zygote removes the runtime directory.
-Invariants: U1 one supervisor per cluster (a lock); U2 a node that dies is started again, with a
-back-off that grows while it keeps dying; U3 what it signals is named by a pidfd, never by a number.
+whatever way, every process of the cluster ends too and the zygote clears what is left of it.
+Invariants: U1 one supervisor per cluster (a lock, which the zygote and its children share); U2 a
+node that dies is started again, with a back-off that grows while it keeps dying; one that never
+comes up is reported, and nobody waits for it; U3 what it signals is named by a pidfd, never by a
+number.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -27,8 +28,8 @@ import msgspec
 from manifold.kernel.errors import ManifoldError, Refused, Unavailable
 from manifold.kernel.messages import Alive, ProcessEnded, Ready, Stop, ToSupervisor
 from manifold.kernel.node import NodeSpec
-from manifold.kernel.process import throttle
 from manifold.kernel.process.channel import Channel, Closed
+from manifold.kernel.process.remains import Remains, clear
 from manifold.kernel.process.zygote import read_forked, request_fork
 from manifold.tools.emulator.record import Lock
 
@@ -41,6 +42,7 @@ BACKOFF_S_MAX = 10.0
 STEADY_S = 5.0  # a node that lived so long starts again without delay
 STOP_S = 2.0  # nodes have this long to leave; then they are killed
 ZYGOTE_S = 10.0
+FAILURES_MAX = 3  # deaths in a row before it ever was ready: 0.7 s of back-off, then it is reported
 
 
 @dataclass(slots=True)
@@ -56,6 +58,11 @@ class Watched:
     started_s: float = 0.0
     backoff_s: float = BACKOFF_S_MIN
     restarts: int = 0
+    failures: int = 0  # deaths in a row before it was ready
+
+    @property
+    def failing(self) -> bool:
+        return self.failures >= FAILURES_MAX
 
 
 @dataclass(slots=True)
@@ -95,11 +102,17 @@ class Supervisor:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         listener.bind(str(self._zygote_path))
         listener.listen(64)
-        doomed = str(self.runtime_dir) if self.whole_dir else ""
-        arguments = [str(listener.fileno()), str(liveness_read), doomed, *PRELOAD]
+        remains = msgspec.json.encode(self._remains()).decode()
+        arguments = [str(listener.fileno()), str(liveness_read), remains, *PRELOAD]
         self._zygote = subprocess.Popen(
-            [sys.executable, "-m", "manifold.kernel.process.zygote", *arguments],
-            pass_fds=(listener.fileno(), liveness_read),
+            [
+                sys.executable,
+                "-m",
+                "manifold.kernel.process.zygote",
+                str(self.runtime_dir),
+                *arguments,
+            ],
+            pass_fds=(listener.fileno(), liveness_read, self.lock.fd),
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for us; we tell the nodes to leave
         )
@@ -108,8 +121,18 @@ class Supervisor:
         self._zygote_fd = os.pidfd_open(self._zygote.pid)
         asyncio.get_running_loop().add_reader(self._zygote_fd, self._zygote_died)
 
+    def _remains(self) -> Remains:
+        names = (self._zygote_path.name, *(spec.alias for spec in self.specs))
+        cgroups = tuple(spec.cgroup for spec in self.specs if spec.cgroup)
+        return Remains(str(self.runtime_dir), self.whole_dir, names, cgroups)
+
+    @property
+    def failing(self) -> list[str]:
+        """Nodes that end before they are ready, again and again."""
+        return [node.spec.alias for node in self.nodes.values() if node.failing]
+
     async def converged(self, timeout_s: float) -> bool:
-        """Wait until every node sees every node alive."""
+        """Wait until every node (but those that never come up) sees every node alive."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._converged.wait()
@@ -143,21 +166,15 @@ class Supervisor:
         self._ended.set()
 
     def _finish(self) -> None:
-        os.close(self._liveness_write)
+        if self._liveness_write >= 0:
+            os.close(self._liveness_write)
         if self._zygote is not None:
             try:
                 self._zygote.wait(ZYGOTE_S)
             except subprocess.TimeoutExpired:
                 self._zygote.kill()
                 self._zygote.wait()
-        for spec in self.specs:
-            if spec.cgroup:
-                throttle.remove(spec.cgroup)
-            for path in self.runtime_dir.glob(f"{spec.alias}.*"):
-                path.unlink(missing_ok=True)
-        self._zygote_path.unlink(missing_ok=True)
-        if self.whole_dir:
-            shutil.rmtree(self.runtime_dir, ignore_errors=True)
+        clear(self._remains())
         self.lock.release()
 
     # -- nodes --------------------------------------------------------------------------------
@@ -173,6 +190,9 @@ class Supervisor:
             ours.close()
             self.on_event(f"{node.spec.alias} could not be started: {error}")
             self._again(node)
+            return
+        if self.stopping:  # the closed pipe ends it, and the zygote waits for it
+            ours.close()
             return
         loop = asyncio.get_running_loop()
         node.pid, node.ready, node.alive = pid, None, 0
@@ -206,12 +226,17 @@ class Supervisor:
             match message:
                 case Ready():
                     node.ready = message
+                    node.failures = 0
                     if node.restarts:
                         self.on_event(f"{node.spec.alias} is back, boot {message.boot}")
                 case Alive(count=count):
                     node.alive = count
-        everybody = len(self.nodes)
-        if everybody == len(self.specs) and all(n.alive >= everybody for n in self.nodes.values()):
+        self._look_converged()
+
+    def _look_converged(self) -> None:
+        well = [node for node in self.nodes.values() if not node.failing]
+        everybody = len(well) + len(self.specs) - len(self.nodes)  # those to come are awaited
+        if well and all(node.alive >= everybody for node in well):
             self._converged.set()
         else:
             self._converged.clear()
@@ -230,8 +255,10 @@ class Supervisor:
             os.close(node.pidfd)
             node.pidfd = -1
         if node.channel is not None:
+            self._readable(node, node.channel)  # what it said before it ended
+        if node.channel is not None:
             self._hang_up(node, node.channel)
-        self._converged.clear()
+        node.alive = 0
         self._gone.set()
         if node.ready is not None:
             news = ProcessEnded(node.ready.kid, node.ready.boot)
@@ -239,8 +266,22 @@ class Supervisor:
                 if other is not node and other.channel is not None:
                     other.channel.post(news)
         if not self.stopping:
-            self.on_event(f"{node.spec.alias} (pid {node.pid}) ended; starting it again")
+            if node.ready is None:
+                self._failed(node)
+            if node.failures < FAILURES_MAX:
+                self.on_event(f"{node.spec.alias} (pid {node.pid}) ended; starting it again")
             self._again(node)
+        self._look_converged()
+
+    def _failed(self, node: Watched) -> None:
+        """U2: it ended before it was ready."""
+        node.failures += 1
+        if node.failures == FAILURES_MAX:
+            folder = node.spec.state_dir
+            self.on_event(
+                f"{node.spec.alias} does not come up: {last_line(Path(folder, 'console.log'))} "
+                f"(see node.log and console.log in {folder}); trying on, every {BACKOFF_S_MAX:g} s"
+            )
 
     def _again(self, node: Watched) -> None:
         loop = asyncio.get_running_loop()
@@ -275,6 +316,8 @@ class Supervisor:
         task.add_done_callback(lambda done: done.result() if not done.cancelled() else None)
 
     def _kill(self, node: Watched) -> None:
+        if node.channel is not None:
+            self._hang_up(node, node.channel)
         if node.pidfd < 0:
             return
         with contextlib.suppress(ProcessLookupError):
@@ -282,6 +325,17 @@ class Supervisor:
         asyncio.get_running_loop().remove_reader(node.pidfd)
         os.close(node.pidfd)
         node.pidfd = -1
+
+
+def last_line(path: Path, bytes_max: int = 4096) -> str:
+    """The last thing a process said of itself before it ended."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - bytes_max))
+            lines = file.read().decode(errors="replace").strip().splitlines()
+    except OSError:
+        return "it said nothing"
+    return lines[-1] if lines else "it said nothing"
 
 
 def refuse_taken(lock: Lock, nodes: int, runtime_dir: Path) -> None:

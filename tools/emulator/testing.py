@@ -19,6 +19,7 @@ from manifold.kernel import messages as m
 from manifold.kernel import places
 from manifold.kernel.config import Config, load
 from manifold.kernel.errors import ManifoldError, Unavailable
+from manifold.kernel.process import throttle
 from manifold.shells.sdk.client import Client
 from manifold.tools.emulator import cluster
 from manifold.tools.emulator.supervisor import Supervisor, Watched
@@ -40,6 +41,7 @@ class TestCluster:
         overrides: Mapping[str, str] | None = None,
         config: Path | None = None,
         converge: bool = True,
+        roots: throttle.Roots = throttle.ROOTS,
     ) -> None:
         self.environ = environ
         self.name = environ["MANIFOLD_CLUSTER"]
@@ -54,7 +56,7 @@ class TestCluster:
         self._closed = False
         try:
             self.supervisor: Supervisor = self._call(
-                cluster.up(self.config, nodes, environ, self.events.append)
+                cluster.up(self.config, nodes, environ, self.events.append, roots)
             )
             if converge:
                 self.wait_converged()

@@ -11,19 +11,21 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import click
 
-from manifold import __version__
 from manifold.kernel import places
 from manifold.kernel.config import Config, load
 from manifold.kernel.durable import make_folder
 from manifold.kernel.errors import ManifoldError, NoCluster, Refused, Unavailable
+from manifold.kernel.hyperbus.faults import to_error
+from manifold.kernel.hyperbus.messages import Failure
+from manifold.kernel.process.remains import answers
 from manifold.shells.verbs.common import cluster_name, config_path, json_option, print_json
 from manifold.tools.emulator import cluster, record
 from manifold.tools.emulator.supervisor import Supervisor
+from manifold.vm.version import VERSION
 
 CONVERGE_S = 30.0
 DETACH_S = 40.0
@@ -94,6 +96,7 @@ def _converged_line(event: dict[str, Any]) -> str:
     return (
         f"cluster {event['cluster']!r} is up: {event['nodes']} nodes see each other after "
         f"{event['seconds']:.2f} s ({event['classes']}; {event['throttle']})"
+        + (f"; not up: {', '.join(event['failing'])}" if event["failing"] else "")
     )
 
 
@@ -126,7 +129,7 @@ async def _supervise(config: Config, count: int, report: _Report) -> int:
         loop.add_signal_handler(number, stopped.set)
     kinds = Counter(kind.name for _, kind in config.spread(count))
     classes = ", ".join(f"{n} {name}" for name, n in kinds.items())
-    report.line(f"manifold {__version__}: cluster {config.cluster!r}, {count} nodes ({classes})")
+    report.line(f"manifold {VERSION}: cluster {config.cluster!r}, {count} nodes ({classes})")
     try:
         supervisor = await cluster.up(config, count, os.environ, report.line)
     except ManifoldError as error:
@@ -138,9 +141,10 @@ async def _supervise(config: Config, count: int, report: _Report) -> int:
         await asyncio.wait({waiting, ending}, return_when=asyncio.FIRST_COMPLETED)
         if waiting.done() and waiting.result():
             event = {
-                "cluster": config.cluster, "nodes": count, "classes": classes,
+                "cluster": config.cluster, "nodes": count - len(supervisor.failing),
+                "classes": classes,
                 "seconds": round(time.monotonic() - began_s, 3), "pid": os.getpid(),
-                "throttle": throttle_notice(supervisor),
+                "throttle": throttle_notice(supervisor), "failing": supervisor.failing,
             }  # fmt: skip
             report.event(**event)
             report.line(_converged_line(event))
@@ -193,7 +197,9 @@ def start_detached(name: str, count: int | None = None, flags: list[str] | None 
         )
     event = json.loads(line)
     if "error" in event:
-        raise Unavailable(event["error"]["message"], event["error"]["next"])
+        child.wait()
+        error = event["error"]
+        raise to_error(Failure(error["code"], error["message"], error["next"]))
     child.returncode = 0  # it goes on without us: no warning that it still runs
     return event
 
@@ -253,7 +259,7 @@ async def _agent(config: Config, alias: str, kind: Any) -> int:
     lock = record.Lock(places.state_dir(config.cluster, alias, os.environ))
     if not lock.acquire(1, str(runtime)):
         raise Refused(f"A node {alias!r} runs here already.", "Choose another --alias.")
-    if (runtime / f"{alias}.d").exists() and await asyncio.to_thread(_answers, runtime, alias):
+    if answers(runtime / f"{alias}.d"):
         lock.release()
         raise Refused(f"The cluster has a node {alias!r} already.", "Choose another --alias.")
     seeds = tuple(f"ipc://{str(path)[:-2]}" for path in sorted(runtime.glob("*.d")))
@@ -264,22 +270,11 @@ async def _agent(config: Config, alias: str, kind: Any) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stopped.set)
     supervisor = Supervisor([spec], runtime, lock, whole_dir=False, on_event=click.echo)
-    await supervisor.start()
     try:
+        await supervisor.start()
         click.echo(f"node {alias} ({kind.name}) of cluster {config.cluster!r}; Ctrl-C ends it")
         await stopped.wait()
     finally:
         await supervisor.stop()
     click.echo(f"node {alias} has left")
     return 0
-
-
-def _answers(runtime: Path, alias: str) -> bool:
-    import socket
-
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(runtime / f"{alias}.d"))
-        except OSError:
-            return False
-    return True

@@ -1,0 +1,272 @@
+"""The pool against workers that misbehave: no process that does not listen can hold a slot."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from manifold.kernel.process import pool as module
+from manifold.kernel.process.messages import Compute, WorkerSpec
+from manifold.kernel.process.pool import Pool
+from manifold.kernel.process.zygote import Fork, Forked
+from manifold.vm.kid import kid_of
+
+WORKERS = {
+    "deaf": "time.sleep(60)",
+    "short": "sys.exit(3)",
+    "garbage": "end.sendall(b'\\0\\0\\0\\2\\xc1\\xc1'); time.sleep(60)",
+    "huge": "end.sendall(b'\\xff' * 8); time.sleep(60)",
+    "obedient": """
+while True:
+    size = end.recv(4, socket.MSG_WAITALL)
+    if not size:
+        break
+    message = msgspec.msgpack.decode(end.recv(int.from_bytes(size, 'big'), socket.MSG_WAITALL))
+    if message[0] == 'w.abort':
+        body = msgspec.msgpack.encode(['w.ended', message[1], None])
+        end.sendall(len(body).to_bytes(4, 'big') + body)
+""",
+}
+
+
+class FakeZygote(threading.Thread):
+    """Answers requests for forks with processes of one kind of `WORKERS`."""
+
+    def __init__(self, path: Path, kind: str, delay_s: float) -> None:
+        super().__init__()
+        self.kind = kind
+        self.delay_s = delay_s
+        self.specs: list[WorkerSpec] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(str(path))
+        self._listener.listen()
+
+    def run(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            with connection:
+                message, fds, _, _ = socket.recv_fds(connection, 1 << 16, 4)
+                if self.kind == "refuses":
+                    os.close(fds[0])
+                    continue
+                request = msgspec.msgpack.decode(message, type=Fork)
+                self.specs.append(msgspec.msgpack.decode(request.payload, type=WorkerSpec))
+                time.sleep(self.delay_s)
+                script = (
+                    "import msgspec, socket, sys, time\n"
+                    "end = socket.socket(fileno=int(sys.argv[1]))\n" + WORKERS[self.kind]
+                )
+                process = subprocess.Popen(
+                    [sys.executable, "-c", script, str(fds[0])], pass_fds=fds
+                )
+                os.close(fds[0])
+                self.processes.append(process)
+                with suppress(BrokenPipeError):  # who asked has closed
+                    connection.send(msgspec.msgpack.encode(Forked(process.pid)))
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.join()
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+class Told:
+    """What the pool tells its node."""
+
+    def __init__(self) -> None:
+        self.ended: list[int] = []
+        self.lost: list[tuple[int, str]] = []
+
+    def run_blocks(self, *_: Any) -> None:
+        return None
+
+    def run_limited(self, slot: int, run: int, last: int) -> None:
+        return None
+
+    def run_ended(self, slot: int, run: int, fault: object) -> None:
+        self.ended.append(run)
+
+    def slot_lost(self, slot: int, reason: str) -> None:
+        self.lost.append((slot, reason))
+
+
+def compute(run: int) -> Compute:
+    return Compute(run, kid_of(b"program"), b"ir", "sum", (), False, 0, 10, 1, 0, 10)
+
+
+class Bench:
+    def __init__(self, folder: Path, kind: str, delay_s: float = 0.0) -> None:
+        self.path = folder / "zygote"
+        self.zygote = FakeZygote(self.path, kind, delay_s)
+        self.told = Told()
+
+    def run(self, test: Callable[[Bench, Pool], Coroutine[Any, Any, None]]) -> None:
+        async def inside() -> None:
+            template = WorkerSpec("test-01", 0, 1 << 20, 5.0, 1.0, "", "")
+            pool = Pool(str(self.path), template, 200.0, self.told)
+            try:
+                await test(self, pool)
+            finally:
+                pool.close()
+
+        self.zygote.start()
+        try:
+            asyncio.run(inside())
+        finally:
+            self.zygote.close()
+
+    async def until(self, condition: Callable[[], object], seconds: float = 20.0) -> None:
+        async with asyncio.timeout(seconds):
+            while not condition():
+                await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="mf-"))
+    yield path
+    shutil.rmtree(path)
+
+
+def test_a_worker_that_ignores_an_abort_is_killed_and_the_next_run_gets_another(
+    folder: Path,
+) -> None:
+    async def test(bench: Bench, pool: Pool) -> None:
+        pool.compute(0, compute(1))
+        await bench.until(lambda: pool.pids())
+        pool.abort(0, 1)
+        await bench.until(lambda: bench.told.lost)
+        assert bench.told.lost[0][0] == 0
+        assert "ignored being cancelled" in bench.told.lost[0][1]
+        assert await asyncio.to_thread(bench.zygote.processes[0].wait) == -signal.SIGKILL
+        pool.compute(0, compute(2))
+        await bench.until(lambda: pool.pids())
+        assert len(bench.zygote.processes) == 2
+
+    Bench(folder, "deaf").run(test)
+
+
+def test_a_worker_that_obeys_lives_on(folder: Path) -> None:
+    async def test(bench: Bench, pool: Pool) -> None:
+        for run in (1, 2, 3):
+            pool.compute(0, compute(run))
+            pool.abort(0, run)
+            await bench.until(lambda run=run: run in bench.told.ended)  # type: ignore[misc]
+        assert bench.told.lost == []
+        assert len(bench.zygote.processes) == 1
+        assert bench.zygote.specs[0].slot == 0
+
+    Bench(folder, "obedient").run(test)
+
+
+def test_a_worker_that_is_stopped_is_killed_for_its_silence(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SILENCE_S", 0.5)
+
+    async def test(bench: Bench, pool: Pool) -> None:
+        pool.compute(0, compute(1))
+        await bench.until(lambda: pool.pids())
+        os.kill(pool.pids()[0], signal.SIGSTOP)
+        await bench.until(lambda: bench.told.lost)
+        assert "silent" in bench.told.lost[0][1]
+        assert await asyncio.to_thread(bench.zygote.processes[0].wait) == -signal.SIGKILL
+
+    Bench(folder, "obedient").run(test)
+
+
+def test_an_idle_worker_may_be_silent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SILENCE_S", 0.1)
+
+    async def test(bench: Bench, pool: Pool) -> None:
+        pool.compute(0, compute(1))
+        pool.abort(0, 1)
+        await bench.until(lambda: bench.told.ended)
+        await asyncio.sleep(3 * module.CHECK_S)
+        assert bench.told.lost == []
+
+    Bench(folder, "obedient").run(test)
+
+
+@pytest.mark.parametrize("kind", ["garbage", "huge"])
+def test_a_worker_that_breaks_the_protocol_is_killed(folder: Path, kind: str) -> None:
+    async def test(bench: Bench, pool: Pool) -> None:
+        pool.compute(0, compute(1))
+        await bench.until(lambda: bench.told.lost)
+        assert "broke the protocol" in bench.told.lost[0][1]
+
+    Bench(folder, kind).run(test)
+
+
+def test_a_worker_that_ends_loses_its_slot(folder: Path) -> None:
+    async def test(bench: Bench, pool: Pool) -> None:
+        pool.compute(3, compute(1))
+        await bench.until(lambda: bench.told.lost == [(3, "its worker process ended")])
+        assert pool.pids() == {}
+
+    Bench(folder, "short").run(test)
+
+
+def test_a_worker_given_up_while_it_is_forked_is_killed_when_it_is(folder: Path) -> None:
+    async def test(bench: Bench, pool: Pool) -> None:
+        pool.compute(0, compute(1))
+        pool.abort(0, 1)
+        await bench.until(lambda: bench.told.lost)
+        await bench.until(lambda: bench.zygote.processes)
+        assert await asyncio.to_thread(bench.zygote.processes[0].wait, 20) == -signal.SIGKILL
+
+    Bench(folder, "deaf", delay_s=1.0).run(test)
+
+
+def test_a_fork_that_is_refused_loses_the_slot(folder: Path) -> None:
+    async def test(bench: Bench, pool: Pool) -> None:
+        pool.compute(0, compute(1))
+        await bench.until(lambda: bench.told.lost)
+
+    Bench(folder, "refuses").run(test)
+
+
+def test_a_zygote_that_is_not_there_is_asked_again_until_it_is(folder: Path) -> None:
+    async def test(bench: Bench, pool: Pool) -> None:
+        hidden = bench.path.with_name("hidden")
+        bench.path.rename(hidden)
+        pool.compute(0, compute(1))
+        await asyncio.sleep(2 * module.RETRY_S)
+        assert bench.told.lost == []
+        hidden.rename(bench.path)
+        await bench.until(lambda: pool.pids())
+
+    Bench(folder, "obedient").run(test)
+
+
+def test_closing_ends_every_worker_also_those_being_forked(folder: Path) -> None:
+    async def test(bench: Bench, pool: Pool) -> None:
+        pool.compute(0, compute(1))
+        await bench.until(lambda: pool.pids())
+        pool.compute(1, compute(2))
+        pool.close()
+        assert await asyncio.to_thread(bench.zygote.processes[0].wait, 20) == -signal.SIGKILL
+
+    Bench(folder, "deaf").run(test)
