@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 import uvloop
 
+from manifold.kernel.errors import ManifoldError
 from manifold.kernel.logbook import Logbook
 from manifold.kernel.node import NodeSpec, serve
 
@@ -29,9 +30,14 @@ def boot(payload: bytes, fds: list[int], liveness_fd: int) -> None:
     logbook = open_log(spec)  # what happens from here on is on record
     control = socket.socket(fileno=fds[0])  # the supervisor's commands
     # identity and boot number, membership, geode, scheduler, hyperbus, workers: `Node`
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        status = runner.run(serve(spec, control, liveness_fd, logbook))
-    logging.shutdown()
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            status = runner.run(serve(spec, control, liveness_fd, logbook))
+    except ManifoldError as error:  # a damaged record, a folder that is not ours
+        logging.getLogger("manifold.main").critical("does not come up: %s", error)
+        raise  # to console.log, where the supervisor looks for the reason
+    finally:
+        logging.shutdown()
     sys.exit(status)
 
 

@@ -28,6 +28,7 @@ from manifold.kernel.effects import Effect, Notify, Persist, Reply, Send, SetTim
 from manifold.kernel.errors import ManifoldError, Unavailable
 from manifold.kernel.hyperbus.driver import Bus, Incoming
 from manifold.kernel.hyperbus.faults import to_failure
+from manifold.kernel.hyperbus.messages import CLIENT_PREFIX
 from manifold.kernel.logbook import Logbook
 from manifold.kernel.membership.messages import (
     Me,
@@ -48,6 +49,7 @@ from manifold.kernel.messages import (
 from manifold.kernel.process.channel import Channel, Closed
 from manifold.kernel.process.messages import Compute, Fault, Result, WorkerSpec
 from manifold.kernel.process.pool import Pool
+from manifold.kernel.process.remains import answers
 from manifold.kernel.scheduler import blocks
 from manifold.kernel.scheduler.messages import AbortRun, JobEvent, LimitRun, StartRun
 from manifold.kernel.syscalls import SystemCalls
@@ -193,6 +195,8 @@ class Node:
 
     def _arrived(self, incoming: Incoming) -> None:
         body = incoming.body
+        if incoming.source.startswith(CLIENT_PREFIX):
+            self.watch_clients()
         if incoming.destination and incoming.destination not in (
             self.identity.kid,
             self.spec.alias,
@@ -206,11 +210,10 @@ class Node:
             self.perform(self.core.receive(Kid(incoming.source), body, self.now_ms()))
 
     def _requested(self, incoming: Incoming) -> None:
-        self.watch_clients()
         try:
             answer, effects = self.core.request(incoming.source, incoming.body, self.now_ms())
         except ManifoldError as error:
-            if error.code == "not_found" and incoming.source.startswith("C-"):
+            if error.code == "not_found" and incoming.source.startswith(CLIENT_PREFIX):
                 self.run(self.calls.ask_all(incoming, error))
             else:
                 self.bus.reply(incoming, to_failure(error))
@@ -306,7 +309,10 @@ class Node:
             return
         if member.state in (State.ALIVE, State.SUSPECT):
             if member.meta.addresses:
-                self.bus.learn(member.kid, member.meta.addresses[0])
+                try:
+                    self.bus.learn(member.kid, member.meta.addresses[0])
+                except Unavailable as error:
+                    log.warning("%s stays out of reach: %s", member.meta.alias, error)
         else:
             self.bus.forget(member.kid)
 
@@ -356,7 +362,7 @@ class Node:
         self._clients_checked = None
         left = 0
         for client, address in self.bus.clients():
-            if _answers(address):
+            if answers(Path(address.removeprefix("ipc://") + ".c")):
                 left += 1
                 continue
             self.bus.forget(client)
@@ -364,17 +370,6 @@ class Node:
                 os.unlink(address.removeprefix("ipc://") + ".c")
         if left:
             self.watch_clients()
-
-
-def _answers(address: str) -> bool:
-    """Whether somebody listens at a client's socket."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.settimeout(0.05)
-            probe.connect(address.removeprefix("ipc://") + ".c")
-        except OSError:
-            return False
-    return True
 
 
 async def serve(spec: NodeSpec, control: socket.socket, liveness_fd: int, logbook: Logbook) -> int:
