@@ -1,23 +1,72 @@
 """Manifold: one operating system over unequal machines.
 
 `import manifold` is light: the SDK is imported when one of its names is first used.
+
+`manifold.kernel` is two things, because users and the import system each have a claim on the name:
+the package of the node's kernel, and the decorator that makes a program of a Python function. It is
+one object: the package, which can be called.
 """
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from manifold.vm.version import VERSION as __version__
 
-__all__ = ["Client", "Future", "JobFailed", "Progress", "__version__", "connect"]
+_SDK = ("Client", "Future", "JobFailed", "Progress", "connect")
+_LANGUAGE = ("Kernel", "array")
+
+__all__ = [
+    "Client",
+    "Future",
+    "JobFailed",
+    "Kernel",
+    "Progress",
+    "__version__",
+    "array",
+    "connect",
+    "kernel",
+]
 
 if TYPE_CHECKING:
     from manifold.shells.sdk import Client, Future, JobFailed, Progress, connect
+    from manifold.vm.python import Kernel, array, kernel
+
+
+class _CallablePackage(ModuleType):
+    """The package `manifold.kernel`, called as `@manifold.kernel`."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        from manifold.vm.python import kernel
+
+        return kernel(*args, **options)
+
+
+class _Package(ModuleType):
+    """This package: whoever imports `manifold.kernel` first, it comes as a callable one."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "kernel" and type(value) is ModuleType:
+            value.__class__ = _CallablePackage
+        super().__setattr__(name, value)
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
+    if name in _SDK:
         from manifold.shells import sdk
 
         return getattr(sdk, name)
+    if name in _LANGUAGE:
+        from manifold.vm import python
+
+        return getattr(python, name)
+    if name == "kernel":
+        import importlib
+
+        return importlib.import_module("manifold.kernel")
     raise AttributeError(f"module 'manifold' has no attribute {name!r}")
+
+
+sys.modules[__name__].__class__ = _Package

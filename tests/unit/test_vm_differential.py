@@ -46,7 +46,7 @@ BINARY = [
     "GT",
     "GE",
 ]
-BITS = ["AND", "OR", "XOR", "SHL", "SHR", "SHRU"]
+BITS = ["AND", "OR", "XOR", "SHL", "SHR", "SHRU", "ADDO", "SUBO", "MULO"]
 UNARY = ["NEG", "ABS", "FLOOR", "SQRT", "FLOAT", "INT"]
 SHUFFLES = ["POP", "DUP", "SWAP", "OVER", "ROT3"]
 
@@ -146,13 +146,21 @@ class Writer:
             name, kind = self.random.choice([("ints", "i"), ("reals", "f")])
             if what == "storei":
                 self.cast(kind)
-                self.lines.append(f"PUSH {self.random.choice([0, 1, 2, 3, 4, -1])}")
+                self.lines.append(self.index([0, 1, 2, 3, 4, -1]))
                 self.lines.append(f"STOREI {name}")
                 self.stack = self.stack[:-1]
             else:
-                self.lines.append(f"PUSH {self.random.choice([0, 1, 2, 3, 4])}")
+                self.lines.append(self.index([0, 1, 2, 3, 4]))
                 self.lines.append(f"LOADI {name}")
                 self.stack += kind
+
+    def index(self, constants: list[int]) -> str:
+        """An index: a constant, or a cell, which may be known to be in range until written."""
+        if self.random.random() < 0.6:
+            if self.random.random() < 0.5:
+                self.lines += [f"PUSH {self.random.choice(constants)}", "STORE 1"]
+            return "LOAD 1"
+        return f"PUSH {self.random.choice(constants)}"
 
     def diamond(self, label: str) -> None:
         """A condition with two short sides, which the compiler may turn into a choice."""
@@ -169,6 +177,14 @@ class Writer:
                         f"PUSH {self.random.choice([1, 2, 8])}",
                         self.random.choice(["DIV", "MOD"]),
                     ]
+                elif kind == "i" and self.random.random() < 0.4:  # faults within a choice
+                    self.lines += self.random.choice(
+                        [
+                            ["PUSH 3", "MULO", "PUSH 1", "ADDO"],
+                            ["PUSH -7", "MULO", "PUSH 5", "SUBO"],
+                            [f"PUSH {self.random.choice(INTS)}", self.random.choice(BITS[-3:])],
+                        ]
+                    )
                 else:
                     self.push(kind)
                     self.lines.append(self.random.choice(["ADD", "SUB", "MUL", "MIN"]))
@@ -194,7 +210,8 @@ class Writer:
             target = f"{prefix}{self.random.randrange(count)}"
             if way < 0.2 or number == count - 1:
                 self.become(leaves)
-                self.lines.append(ending if self.random.random() < 0.9 else "HALT")
+                ways = [ending] * 18 + ["HALT", "RAISE a_fault_of_its_own"]
+                self.lines.append(self.random.choice(ways))
             elif way < 0.35:
                 self.become(state)
                 self.lines.append(f"JMP {target}")
@@ -448,3 +465,25 @@ def test_a_callback_that_fails_ends_the_run_with_its_error(machine: Machine) -> 
 
     with pytest.raises(Exhausted, match="enough"):
         unit.run(0, 1, gas=100, on_yield=cancel, on_sleep=print)
+
+
+WRITES = {
+    "STORE": "PUSH 9\nSTORE 0",
+    "LOOP": "LOOP away",
+    "CALL": "CALL change",
+    "a choice": "LOAD 0\nPUSH 1\nEQ\nJZ on\nPUSH 9\nSTORE 0\non:",
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_an_index_is_checked_again_after_its_cell_was_written(machine: Machine, write: str) -> None:
+    text = (
+        ".array a i64 2\n.function change ( -- )\n"
+        f"LOAD 0\nLOADI a\nEMIT\n{WRITES[write]}\nLOAD 0\nLOADI a\nEMIT\nHALT\n"
+        "change: PUSH -1\nSTORE 0\nRET\naway: HALT\n"
+    )
+    program = assemble(text)
+    verified, unit = verify(program), machine.load(program, "collect")
+    for run in (unit.run, lambda *a, **o: interpret(verified, "collect", *a, **o)):
+        with pytest.raises(Trap, match="array index out of range at index 1"):
+            run(1, 2, gas=10_000, on_yield=lambda _: 0, on_sleep=lambda _: None)

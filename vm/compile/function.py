@@ -9,18 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from manifold.vm.compile.arithmetic import (
-    COMPARISON,
-    INT_OPERATOR,
-    ArithmeticWriter,
-    is_power,
-)
+from manifold.vm.compile.arithmetic import COMPARISON, INT_OPERATOR, is_power
+from manifold.vm.compile.checked import CHECKED, CheckedWriter
 from manifold.vm.compile.layout import HALTED, KINDS_AT, OUTPUT_FULL, STOPPED, VALUES_AT, VALUES_MAX
-from manifold.vm.compile.stack import WASM, Entry, float_text
+from manifold.vm.compile.stack import WASM, Context, Entry, float_text
 from manifold.vm.compile.structure import emit
 from manifold.vm.syntax.isa import Fault
 from manifold.vm.syntax.program import I64_MAX, Instruction
-from manifold.vm.valid import CALL_DEPTH_MAX
+from manifold.vm.valid import CALL_DEPTH_MAX, Flow
 
 # Both sides of a branch may be computed and one chosen, when each is at most this long (in gas)
 # and has only such instructions: no faults, no effects but on cells and the stack. A mispredicted
@@ -33,8 +29,18 @@ PURE = frozenset(
 )
 
 
-class FunctionWriter(ArithmeticWriter):
-    """Writes the body of one function."""
+class FunctionWriter(CheckedWriter):
+    """Writes the body of one function.
+
+    `bounded` says of cells that they hold an index from 0 to below a length: an element was
+    reached by them, and they were not written since. It holds on into a block with one way in.
+    """
+
+    def __init__(self, context: Context, flow: Flow, *, is_main: bool) -> None:
+        super().__init__(context, flow, is_main=is_main)
+        self.block_start = 0
+        self.bounded: dict[int, int] = {}
+        self.bounded_after: dict[int, dict[int, int]] = {}
 
     def body(self) -> list[str]:
         """All blocks; every path ends in `br $next`, `br $trap` or `return`."""
@@ -53,7 +59,14 @@ class FunctionWriter(ArithmeticWriter):
     def straight(self, at: int) -> bool:
         """The instructions of a block."""
         block = self.flow.graph.blocks[at]
+        self.done = self.block_start = block.start
+        self.block_end = block.end
+        before = block.predecessors
+        self.bounded = dict(self.bounded_after.get(before[0], {})) if len(before) == 1 else {}
+        self.bounded_after[at] = self.bounded
         for self.at in range(block.start, block.end):
+            if self.at < self.done:
+                continue
             each = self.program.instructions[self.at]
             name = each.spec.name
             if name in ("JZ", "JNZ", "LOOP"):
@@ -98,13 +111,23 @@ class FunctionWriter(ArithmeticWriter):
     def is_cheap(self, at: int) -> bool:
         """Whether block `at` may be computed although it may not be wanted."""
         block = self.flow.graph.blocks[at]
-        gas = 0
+        gas, stored = 0, False
         for here in range(block.start, block.end):
             spec = self.program.instructions[here].spec
             gas += 1 if self.is_shift(here) else spec.gas
-            if gas > CHOICE_GAS_MAX or not (spec.name in PURE or self.is_shift(here)):
+            # A fault shows the cells, which a side keeps elsewhere: none may be written before it.
+            may = self.is_shift(here) or (self.is_range_check(here) and not stored)
+            if gas > CHOICE_GAS_MAX or not (spec.name in PURE or may):
                 return False
+            stored = stored or spec.name == "STORE"
         return True
+
+    def is_range_check(self, at: int) -> bool:
+        """Whether the instruction is checked arithmetic with a constant right before it."""
+        code = self.program.instructions
+        if code[at].spec.name not in CHECKED or at == 0:
+            return False
+        return code[at - 1].spec.name == "PUSH"
 
     def is_shift(self, at: int) -> bool:
         """Whether the instruction divides an i64 by a power of two that stands right before it."""
@@ -134,6 +157,7 @@ class FunctionWriter(ArithmeticWriter):
 
     def loop_condition(self) -> None:
         kind = self.context.verified.cells[0]
+        self.bounded.pop(0, None)
         self.get("c0")
         self.line(f"{WASM[kind]}.const 1 {WASM[kind]}.add")
         self.set("c0")
@@ -162,14 +186,27 @@ class FunctionWriter(ArithmeticWriter):
         entry, depth = self.take()
         self.load(entry, depth, entry.type)
         self.set(f"c{each.operand}")
+        self.bounded.pop(int(each.operand or 0), None)
 
     def element(self, number: int) -> str:
         """Checks the index on top and leaves the element's address; returns its load's suffix."""
         x = self.local("x", "i64")
-        self.load(*self.take(), "i")
-        self.line(f"local.tee ${x} i64.const {self.program.arrays[number].length} i64.ge_u")
-        self.fault_if(Fault.BOUNDS)
-        self.line(f"local.get ${x} i32.wrap_i64 i32.const 3 i32.shl")
+        entry, depth = self.take()
+        constant, length = entry.constant, self.program.arrays[number].length
+        if constant is not None and 0 <= constant < length:
+            self.line("i32.const 0")
+            return f"offset={self.context.arrays[number] + 8 * int(constant)}"
+        self.load(entry, depth, "i")
+        before = self.program.instructions[self.at - 1]
+        is_cell = self.at > self.block_start and before.spec.name == "LOAD"
+        cell = before.operand if is_cell else None
+        if cell is None or self.bounded.get(int(cell), length + 1) > length:
+            self.line(f"local.tee ${x} i64.const {length} i64.ge_u")
+            self.fault_if(Fault.BOUNDS)
+            self.line(f"local.get ${x}")
+            if cell is not None:
+                self.bounded[int(cell)] = length
+        self.line("i32.wrap_i64 i32.const 3 i32.shl")
         return f"offset={self.context.arrays[number]}"
 
     def load_element(self, each: Instruction) -> None:
@@ -193,6 +230,7 @@ class FunctionWriter(ArithmeticWriter):
     def call(self, each: Instruction) -> None:
         number = int(each.operand or 0)
         called = self.context.verified.functions[number]
+        self.bounded.clear()  # it may write any cell
         self.line(f"global.get $depth i32.const {CALL_DEPTH_MAX} i32.ge_u")
         self.fault_if(Fault.DEPTH)
         self.line("global.get $depth i32.const 1 i32.add global.set $depth")
@@ -217,6 +255,9 @@ class FunctionWriter(ArithmeticWriter):
             self.line("br $next")
         else:
             self.fail(HALTED)
+
+    def raise_fault(self, each: Instruction) -> None:
+        self.fail(Fault.RAISED.value)
 
     def unknown(self, each: Instruction) -> None:
         self.fail(Fault.UNKNOWN.value)
@@ -336,6 +377,8 @@ WRITE: dict[str, Callable[[FunctionWriter, Instruction], None]] = {
     "RET": _W.leave,
     "HALT": _W.halt,
     "UNKNOWN": _W.unknown,
+    "RAISE": _W.raise_fault,
+    **dict.fromkeys(CHECKED, _W.checked),
     "EMIT": _W.emit,
     "PRINT": _W.emit,
     "SLEEP": _W.sleep,

@@ -1,4 +1,4 @@
-"""Helper functions of compiled programs: Python's `%` and `//` for f64.
+"""Helper functions of compiled programs: Python's `%` and `//` for f64, overflow of a product.
 
 Interface: `library(names)` is the WebAssembly text of the helpers `names` need.
 `$fmod` is the exact remainder of truncated division: both operands as integers when they are whole
@@ -100,9 +100,18 @@ _PYTHON_DIV = """
   select)
 """
 
+_MUL_OVERFLOWS = """
+(func $mul_overflows (param $x i64) (param $y i64) (result i32)
+  local.get $y i64.eqz if i32.const 0 return end
+  local.get $y i64.const -1 i64.eq
+  if local.get $x i64.const -0x8000000000000000 i64.eq return end
+  local.get $x local.get $y i64.mul local.get $y i64.div_s local.get $x i64.ne)
+"""
+
 
 def library(names: set[str]) -> str:
     """The helpers in `names` and what they call."""
-    text = _FMOD if names else ""
+    text = _FMOD if names & {"python_mod", "python_div"} else ""
+    text += _MUL_OVERFLOWS if "mul_overflows" in names else ""
     text += _PYTHON_MOD if "python_mod" in names else ""
     return text + (_PYTHON_DIV if "python_div" in names else "")

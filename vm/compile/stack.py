@@ -122,15 +122,20 @@ class StackWriter:
 
     def fail(self, code: int) -> None:
         """Leaves this index for good."""
-        self.line(f"i64.const {self.at << 4 | code}")
-        self.set("fault")
+        place = "global" if "fault" in self.context.shared else "local"  # the same on every side
+        self.line(f"i64.const {self.at << 4 | code} {place}.set $fault")
         self.line("br $trap")
 
     def fault_if(self, kind: Fault) -> None:
         """Traps if the i32 on the WebAssembly stack is not zero."""
-        self.line("if")
+        self.line(self.if_wanted() + " if")
         self.fail(kind.value)
         self.line("end")
+
+    def if_wanted(self) -> str:
+        """Within a side of a choice: the flag on the stack counts only if the side is chosen."""
+        chosen = {"": "", "yes": "local.get $chosen", "no": "local.get $chosen i32.eqz"}[self.side]
+        return f"{chosen} i32.and" if chosen else ""
 
     # -- the stack ---------------------------------------------------------------------------
 

@@ -138,8 +138,8 @@ class _Index:
             self.at = self.returns.pop()
         elif name == "HALT":
             self.at = None
-        elif name == "UNKNOWN":
-            raise _FaultError(Fault.UNKNOWN)
+        elif name in ("UNKNOWN", "RAISE"):
+            raise _FaultError(Fault.UNKNOWN if name == "UNKNOWN" else Fault.RAISED)
         else:
             self.access(name, operand, taken)
         if self.verified.dynamic and len(self.stack) > DYNAMIC_STACK_MAX:
@@ -254,6 +254,16 @@ def _bits(of_ints: Callable[[int, int], int]) -> Callable[[Value, Value], Value]
     return lambda left, right: wrap(of_ints(int(left), int(right)))
 
 
+def _checked(of_ints: Callable[[int, int], int]) -> Callable[[Value, Value], Value]:
+    def apply(left: Value, right: Value) -> Value:
+        exact = of_ints(int(left), int(right))
+        if exact != wrap(exact):
+            raise _FaultError(Fault.OVERFLOW)
+        return exact
+
+    return apply
+
+
 def _floor(value: Value) -> Value:
     if isinstance(value, int) or value - value != 0:
         return value
@@ -270,6 +280,9 @@ BINARY: dict[str, Callable[[Value, Value], Value]] = {
     "ADD": _either(operator.add, operator.add),
     "SUB": _either(operator.sub, operator.sub),
     "MUL": _either(operator.mul, operator.mul),
+    "ADDO": _checked(operator.add),
+    "SUBO": _checked(operator.sub),
+    "MULO": _checked(operator.mul),
     "MIN": _either(min, lambda left, right: float_best("min", left, right)),
     "MAX": _either(max, lambda left, right: float_best("max", left, right)),
     "EQ": _flag(operator.eq),

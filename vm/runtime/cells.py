@@ -24,6 +24,8 @@ _NEXT_STEP = {
     Fault.CONVERSION: "INT takes values from -2^63 to below 2^63.",
     Fault.ROOT: "Test the operand first.",
     Fault.UNKNOWN: "See docs/entangle.md.",
+    Fault.OVERFLOW: "Keep values below 2^63, or use @kernel(wrap=True): ADD SUB MUL.",
+    Fault.RAISED: "",
 }
 
 
@@ -72,6 +74,8 @@ def trap(
 ) -> Trap:
     """The error of a fault at instruction `at`."""
     line, text = program.instructions[at].line, program.text_of(at)
+    if reason is Fault.RAISED:
+        reason = program.names[int(program.instructions[at].operand or 0)].replace("_", " ")
     what = reason if isinstance(reason, str) else FAULT_TEXT[reason]
     where = "range from" if program.kind == "range" else "index"
     name = program.filename or program.kid

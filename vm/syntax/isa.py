@@ -44,6 +44,8 @@ class Fault(Enum):
     CONVERSION = 7
     ROOT = 8
     UNKNOWN = 9
+    OVERFLOW = 10
+    RAISED = 11
 
 
 FAULT_TEXT = {
@@ -53,6 +55,8 @@ FAULT_TEXT = {
     Fault.CONVERSION: "no i64 is equal to the truncated value",
     Fault.ROOT: "square root of a negative number",
     Fault.UNKNOWN: "unknown instruction",
+    Fault.OVERFLOW: "int overflow",
+    Fault.RAISED: "the fault it names",
 }
 
 
@@ -82,6 +86,7 @@ class Spec:
 
 
 _N, _DIV = Immediate.NONE, (Fault.DIVISION,)
+_OVER = (Fault.OVERFLOW,)
 # ruff: noqa: E501 (a table reads best as one row an instruction)
 
 TABLE: tuple[Spec, ...] = (
@@ -112,6 +117,11 @@ TABLE: tuple[Spec, ...] = (
     Spec("SQRT", 27, _N, "( a -- root )", "n:f",
          "The square root; NaN of a negative number (JSON: a fault).",
          gas=4, faults=(Fault.ROOT,), seed=True),
+    Spec("ADDO", 28, _N, "( a b -- a+b )", "ii:i", "Adds; a sum that is no i64 is a fault.", faults=_OVER),
+    Spec("SUBO", 29, _N, "( a b -- a-b )", "ii:i", "Subtracts; a difference that is no i64 is a fault.",
+         faults=_OVER),
+    Spec("MULO", 30, _N, "( a b -- a*b )", "ii:i", "Multiplies; a product that is no i64 is a fault.",
+         faults=_OVER),
     # Comparison, bits, conversion.
     Spec("EQ", 32, _N, "( a b -- flag )", "nn:i", "1 if equal, else 0."),
     Spec("NE", 33, _N, "( a b -- flag )", "nn:i", "1 if not equal, else 0."),
@@ -149,6 +159,9 @@ TABLE: tuple[Spec, ...] = (
          gas=4, faults=(Fault.DEPTH,)),
     Spec("RET", 85, _N, "( results -- )", ":", "Returns from a function.", ends=True),
     Spec("HALT", 86, _N, "( -- )", ":", "Ends this index (in a function too).", seed=True, ends=True),
+    Spec("RAISE", 87, Immediate.TEXT, "( -- )", ":",
+         "A fault of the program's own; the name, `_` read as a space, is its text.",
+         faults=(Fault.RAISED,), ends=True),
     # Results and the world.
     Spec("EMIT", 96, _N, "( value -- )", "n:", "Appends a value to the result of this index.", gas=2),
     Spec("PRINT", 97, _N, "( value -- )", "n:", "The seed's name of EMIT.", gas=2, seed=True),
