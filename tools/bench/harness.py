@@ -32,6 +32,7 @@ from manifold.kernel.inventory import inventory
 
 FOLDER = Path(__file__).parent
 PACKAGE = "manifold.tools.bench"
+RAW_IN_ONE_LINE = 6  # raw values; more stand on a line each
 
 
 class Absent(ManifoldError):
@@ -255,8 +256,9 @@ def lines(outcome: Outcome) -> list[str]:
         value = f"{_number(each.value)} {each.unit}".rstrip()
         found.append(f"  {verdict}  {each.name}: {value}{goal}")
         if each.raw:
-            raw = ", ".join(f"{key} {_number(value)}" for key, value in each.raw.items())
-            found.append(f"          {raw}")
+            raw = [f"{key} {_number(value)}" for key, value in each.raw.items()]
+            rows = raw if len(raw) > RAW_IN_ONE_LINE else [", ".join(raw)]
+            found += [f"          {row}" for row in rows]
         if each.note:
             found.append(f"          {each.note}")
     return found
