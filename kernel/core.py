@@ -3,7 +3,9 @@
 Interface rules: one `Machine` for the driver (`node.py`) and for the simulator alike: an event in,
 a list of effects out. Messages a subsystem sends to its own node never leave it: they are
 delivered here, in order. What membership notices is passed to geode and the scheduler here.
-Invariants: H1 of all timers that subsystems ask for, the earliest is the one asked of the driver.
+Invariants: H1 of all timers that subsystems ask for, the earliest is the one asked of the driver;
+H2 a `Persist` holds back only what its own subsystem put after it: a timer, or an `AbortRun` that
+follows from news, would else come after what later events ask for.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any, get_args
 import msgspec
 
 from manifold.kernel.config import Config
-from manifold.kernel.effects import Effect, Notify, Send, SetTimer
+from manifold.kernel.effects import Effect, Notify, Persist, Send, SetTimer
 from manifold.kernel.geode.features import Static
 from manifold.kernel.geode.geode import Geode
 from manifold.kernel.membership import messages as membership_messages
@@ -37,14 +39,21 @@ class Core:
     """See the module."""
 
     def __init__(
-        self, me: Me, config: Config, random: Random, *, incarnation: int, seeds: Sequence[str]
+        self,
+        me: Me,
+        config: Config,
+        random: Random,
+        *,
+        incarnation: int,
+        seeds: Sequence[str],
+        known: Sequence[membership_messages.Update] = (),
     ) -> None:
         self.me = me
         self.membership = Membership(
-            me, config.membership, random, incarnation=incarnation, seeds=seeds
+            me, config.membership, random, incarnation=incarnation, seeds=seeds, known=known
         )
         self.geode = Geode(me.kid, config.geode, random)
-        self.scheduler = Scheduler(me.kid, config.scheduler, self.geode, me.cores)
+        self.scheduler = Scheduler(me.kid, config.scheduler, self.geode, me.cores, me.boot)
         self._boots: dict[Kid, int] = {}
         self._due = {"membership": float("inf"), "scheduler": float("inf")}
 
@@ -75,14 +84,14 @@ class Core:
         return answer, self._close("scheduler", effects, now_ms)
 
     def tick(self, now_ms: float) -> list[Effect]:
-        effects: list[Effect] = []
+        effects: list[tuple[str, Effect]] = []
         if now_ms >= self._due["membership"]:
             self._due["membership"] = float("inf")
-            effects += self._deliver("membership", self.membership.tick(now_ms), now_ms)
+            effects += _by("membership", self.membership.tick(now_ms))
         if now_ms >= self._due["scheduler"]:
             self._due["scheduler"] = float("inf")
-            effects += self._deliver("scheduler", self.scheduler.tick(now_ms), now_ms)
-        return self._timed(effects)
+            effects += _by("scheduler", self.scheduler.tick(now_ms))
+        return self._deliver(effects, now_ms)
 
     def process_ended(self, kid: Kid, boot: int, now_ms: float) -> list[Effect]:
         """The supervisor of this host saw that node's process end."""
@@ -119,18 +128,14 @@ class Core:
     # -- effects ------------------------------------------------------------------------------
 
     def _close(self, name: str, effects: list[Effect], now_ms: float) -> list[Effect]:
-        return self._timed(self._deliver(name, effects, now_ms))
+        return self._deliver(_by(name, effects), now_ms)
 
-    def _timed(self, effects: list[Effect]) -> list[Effect]:
-        due_ms = min(self._due.values())
-        if due_ms != float("inf"):
-            effects.append(SetTimer(due_ms))  # H1
-        return effects
-
-    def _deliver(self, name: str, effects: list[Effect], now_ms: float) -> list[Effect]:
+    def _deliver(self, effects: list[tuple[str, Effect]], now_ms: float) -> list[Effect]:
         """Carry out what concerns only this node; the rest is the driver's."""
         outward: list[Effect] = []
-        queue: deque[tuple[str, Effect]] = deque((name, effect) for effect in effects)
+        held: list[Effect] = []  # a Persist, and what depends on it
+        persists = ""
+        queue = deque(effects)
         rounds = 0
         while queue:
             rounds += 1
@@ -140,13 +145,19 @@ class Core:
                 case SetTimer(at_ms=at_ms):
                     self._due[owner] = at_ms
                 case Send(to=to, message=message) if to == self.me.kid:
-                    queue.extend(_named(self._route(self.me.kid, message, now_ms)))
+                    queue.extend(_by(*self._route(self.me.kid, message, now_ms)))
                 case Notify(event=MemberChanged() as change):
                     outward.append(effect)
-                    queue.extend(("scheduler", e) for e in self._changed(change, now_ms))
+                    queue.extend(_by("scheduler", self._changed(change, now_ms)))
+                case Persist():
+                    persists = owner
+                    held.append(effect)
                 case _:
-                    outward.append(effect)
-        return outward
+                    (held if owner == persists else outward).append(effect)  # H2
+        due_ms = min(self._due.values())
+        if due_ms != float("inf"):
+            outward.append(SetTimer(due_ms))  # H1
+        return outward + held
 
     def _changed(self, change: MemberChanged, now_ms: float) -> list[Effect]:
         """A member joined, restarted or died: geode and the scheduler want to know."""
@@ -157,11 +168,11 @@ class Core:
         if member.state in (State.DEAD, State.LEFT):
             self._boots.pop(member.kid, None)
             self.geode.node_down(member.kid)
-            return self.scheduler.node_down(member.kid, now_ms)
+            return self.scheduler.node_down(member.kid, member.boot, now_ms)
         known = self._boots.get(member.kid)
         if known is not None and known != member.boot:  # it died and came back between two news
             self.geode.node_down(member.kid)
-            effects += self.scheduler.node_down(member.kid, now_ms)
+            effects += self.scheduler.node_down(member.kid, known, now_ms)
         if known != member.boot and member.meta.alias:
             self._boots[member.kid] = member.boot
             meta = member.meta
@@ -170,8 +181,7 @@ class Core:
         return effects
 
 
-def _named(routed: tuple[str, list[Effect]]) -> list[tuple[str, Effect]]:
-    name, effects = routed
+def _by(name: str, effects: list[Effect]) -> list[tuple[str, Effect]]:
     return [(name, effect) for effect in effects]
 
 

@@ -102,14 +102,14 @@ class SystemCalls:
         now_ms = node.now_ms()
         running = [
             m.Process(
-                node.spec.alias, slot, pids.get(slot, 0), a.job, a.shard, a.attempt, a.next,
+                node.spec.alias, slot, pids.get(slot, 0), a.job, a.shard, a.tries, a.next,
                 a.last, now_ms - a.run_since_ms, a.spec.name or a.spec.program, "running",
             )
             for slot, a in runner.running()
         ]  # fmt: skip
         waiting = [
             m.Process(
-                node.spec.alias, -1, 0, a.job, a.shard, a.attempt, a.next, a.last, 0.0,
+                node.spec.alias, -1, 0, a.job, a.shard, a.tries, a.next, a.last, 0.0,
                 a.spec.name or a.spec.program, "waiting",
             )
             for a in runner.waiting()

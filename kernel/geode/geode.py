@@ -9,7 +9,8 @@ Interface rules:
     `dispatched` when the task is sent and `completed` when it is over;
   - `candidates` ranks every node that may take the demand; mitosis cuts shards in proportion to
     `Candidate.gas_per_s` and keeps its own decisions with `record`;
-  - above `full_view` nodes only the links are candidates and `next_hop` forwards.
+  - above `full_view` nodes only the links are candidates and `next_hop` forwards; where none of
+    them may take a demand, those of all known nodes that may.
 
 Invariants, asserted where they could break:
   G1 the hard filter is never violated: a constraint is a boolean and never distance;
@@ -24,6 +25,7 @@ Source: the design page of geode. Differences: see docs/geode.md, "What measurin
 from __future__ import annotations
 
 from bisect import bisect
+from collections.abc import Sequence
 from itertools import accumulate
 from math import isfinite, sqrt
 from random import Random
@@ -86,6 +88,20 @@ class Plan:
         self.refused = refused
         self.version = version
         self.made_ms = now_ms
+
+
+class Ranked:
+    """A node that may take a demand, as light as the hot path needs it."""
+
+    __slots__ = ("cost", "entry", "figures", "kid", "slot_gas_per_s", "slots")
+
+    def __init__(self, entry: Entry, figures: list[float]) -> None:
+        self.entry = entry
+        self.figures = figures
+        self.kid = entry.node.kid
+        self.slots = entry.node.slots
+        self.slot_gas_per_s = entry.rate
+        self.cost = figures[2]
 
 
 class Choice:
@@ -213,15 +229,21 @@ class Geode:
 
     def candidates(self, demand: Demand, now_ms: float) -> tuple[Candidate, ...]:
         """Every node that may take it, the one predicted to finish first in front."""
-        entries, _ = self._admit(self._plan(demand, now_ms), demand)
-        found = [
+        return tuple(
             explain.candidate(
-                entry.node,
-                [*self._figures(entry, demand, now_ms), entry.learned * LEARNED + SAMPLED],
+                each.entry.node, [*each.figures, each.entry.learned * LEARNED + SAMPLED]
             )
-            for entry in entries
-        ]
-        return tuple(sorted(found, key=lambda each: each.cost))
+            for each in self.ranked(demand, now_ms)
+        )
+
+    def ranked(self, demand: Demand, now_ms: float, only: Kid | None = None) -> list[Ranked]:
+        """`candidates` without their descriptions; to be passed on to `keep`."""
+        entries, _ = self._admit(self._plan(demand, now_ms), demand)
+        if only is not None:
+            entries = [entry for entry in entries if entry.node.kid == only]
+        found = [Ranked(entry, self._figures(entry, demand, now_ms)) for entry in entries]
+        found.sort(key=lambda each: each.cost)
+        return found
 
     def refusals(self, demand: Demand, now_ms: float) -> Refusals:
         """Whom the hard filter strikes out now, and why: (alias, reason)."""
@@ -370,6 +392,12 @@ class Geode:
                 refused.append((node.alias, reason))
                 continue
             entries.append(self._entry(node, demand, own))
+        if not entries and len(self._view.nodes) > self.config.full_view:
+            # No link may take it: a constraint is worth looking through everybody we heard of.
+            fitting = [n for n in self._view.nodes.values() if refusal(n, demand) is None]
+            if len(fitting) > self.config.full_view:
+                fitting = self._random.sample(fitting, self.config.full_view)
+            entries = [self._entry(node, demand, own) for node in fitting]
         return Plan(entries, tuple(refused), version, now_ms)
 
     def _entry(self, node: Node, demand: Demand, own: Node | None) -> Entry:
@@ -420,26 +448,39 @@ class Geode:
         self, task: str, demand: Demand, winner: Kid, now_ms: float, note: str = ""
     ) -> Decision:
         """Keep a decision that mitosis or stealing took among `candidates(demand, now_ms)`."""
-        entries, refused = self._admit(self._plan(demand, now_ms), demand)
-        scored = [(entry, self._figures(entry, demand, now_ms)) for entry in entries]
+        return self.keep(task, demand, self.ranked(demand, now_ms), winner, now_ms, note).decision()
+
+    def keep(
+        self,
+        task: str,
+        demand: Demand,
+        ranked: Sequence[Ranked],
+        winner: Kid,
+        now_ms: float,
+        note: str = "",
+    ) -> Record:
+        """`record` for a ranking that is there already; nothing is described until asked for."""
+        _, refused = self._admit(self._plan(demand, now_ms), demand)
         # The winner first, then by cost: what does not fit the list is the dearest.
-        scored.sort(key=lambda each: (each[0].node.kid != winner, each[1][2]))
-        listed = scored[:LISTED_MAX]
-        nodes = tuple(entry.node for entry, _ in listed)
-        figures = [
-            figure
-            for entry, each in listed
-            for figure in (*each, entry.learned * LEARNED + SAMPLED)
-        ]
+        first = next((each for each in ranked if each.kid == winner), None)
+        listed = [each for each in ranked[: LISTED_MAX + 1] if each is not first]
+        if first is not None:
+            listed.insert(0, first)
+        del listed[LISTED_MAX:]
+        nodes = tuple([each.entry.node for each in listed])
+        figures: list[float] = []
+        for each in listed:
+            figures += each.figures
+            figures.append(each.entry.learned * LEARNED + SAMPLED)
         record = Record(task, now_ms, self.config.metric, demand.work_gas, nodes, figures, refused)
-        record.more = len(scored) - len(listed)
+        record.more = len(ranked) - len(listed)
         record.note = note
         record.winner = winner
-        if nodes and nodes[0].kid == winner:
-            record.finish_ms = listed[0][1][3]
+        if first is not None:
+            record.finish_ms = first.figures[3]
         record.runner_up = next((node.kid for node in nodes if node.kid != winner), None)
         self._ring.keep(record)
-        return record.decision()
+        return record
 
     def ended(self, task: str, actual_ms: float) -> None:
         """The task took so long from the decision to the result: the regret can be told."""

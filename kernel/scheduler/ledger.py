@@ -2,8 +2,8 @@
 
 Interface rules: only the owner's protocol changes a ledger, and only it assigns.
 Invariants: L1 every block is counted at most once; L2 live shards and counted blocks cover the job
-without overlap; L3 a result counts only for the current attempt of its shard; L4 an attempt number
-is never used twice.
+without overlap; L3 a result counts only for the current attempt of its shard, and a shard that
+nobody has has none; L4 attempt numbers only grow (the owner draws each of them once).
 Source: design page of the scheduler ("One writer"); lazy splitting.
 """
 
@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 
 from manifold.kernel.process.messages import Fault, Result
 from manifold.kernel.scheduler import blocks
-from manifold.kernel.scheduler.messages import (
-    JobSpec,
-    State,
-)
+from manifold.kernel.scheduler.messages import JobSpec, State
 from manifold.vm.kid import Kid
+
+# A shard's speed follows what it reported over about this long: reports come every 50 to 200 ms, so
+# a slow-down shows after two of them, and one that was late does not upset it.
+SPEED_MS = 200.0
+STALE_MS = 200.0  # a worker tells its gas each 100 ms, and a runner looks each 100 ms
 
 
 @dataclass(slots=True)
@@ -39,16 +41,39 @@ class Shard:
     assigned_ms: float = 0.0
     heard_ms: float = 0.0
     sent_ms: float = 0.0
-    acknowledged: bool = False  # the runner has said something about this attempt
+    acknowledged: bool = False  # the runner has reported on this attempt
     shrinking: int = -1  # the boundary asked for, -1 where none is
     attempts: int = 0
     not_before_ms: float = 0.0
     avoid: Kid | None = None  # who lost it last
     stolen_from: str = ""
+    refused_at: int = -1  # `counted` when it last gave less than was asked of it
+    shed: bool = False  # shrunk for being slow, not for the sake of an idle slot
+    gas_seen: float = 0.0  # of this attempt, when `counted` last grew
+    busy_seen_ms: float = 0.0
+    flight_gas: float = 0.0  # what geode was told of it
+    gauged_ms: float = 0.0  # the last report
+    gauged_gas: float = 0.0  # and what the attempt had used by then
+    gauged_busy_ms: float = 0.0
+    speed: float = 0.0  # gas per ms, of late
+    gauges: int = 0
 
     @property
     def owed(self) -> int:
         return self.last - self.counted
+
+    def gauge(self, gas: float, busy_ms: float, now_ms: float) -> None:
+        """A report: how far the attempt is, within its present block too."""
+        if gas <= self.gauged_gas:
+            return  # overtaken by a later one, or nothing new
+        # Gas and busy time are of one moment, up to `STALE_MS` before the report; where the
+        # attempt was not busy for much longer than that, it waits for others in between.
+        elapsed_ms = now_ms - self.gauged_ms
+        span_ms = max(busy_ms - self.gauged_busy_ms, elapsed_ms - STALE_MS, 0.1)
+        weight = min(1.0, span_ms / SPEED_MS) if self.gauges else 1.0
+        self.speed += weight * ((gas - self.gauged_gas) / span_ms - self.speed)
+        self.gauged_ms, self.gauged_gas, self.gauged_busy_ms = now_ms, gas, busy_ms
+        self.gauges += 1
 
 
 @dataclass(slots=True)
@@ -65,6 +90,7 @@ class Job:
     fault: Fault | None = None
     counted: int = 0
     done: int = 0  # indices of counted blocks
+    held_bytes: int = 0  # of results, about
     next_shard: int = 0
     shards: dict[int, Shard] = field(default_factory=dict)
     pending: deque[int] = field(default_factory=deque)
@@ -73,12 +99,11 @@ class Job:
     watchers: dict[str, None] = field(default_factory=dict)
     gas: float = 0.0
     measured: int = 0  # indices that `gas` was used for
+    speeds: dict[Kid, float] = field(default_factory=dict)  # gas per second of a slot, of late
     probing_until_ms: float = 0.0
     starved_since_ms: float = -1.0
     told_done: int = -1
     told_ms: float = 0.0
-    reduced: tuple[Result, ...] | None = None
-    speeds: dict[Kid, float] = field(default_factory=dict)  # blocks per ms of one slot
 
     def cut(self, first: int, last: int) -> Shard:
         """A new shard over `[first, last)`, pending."""
@@ -89,45 +114,56 @@ class Job:
         self.pending.append(shard.number)
         return shard
 
-    def assign(self, shard: Shard, node: Kid, now_ms: float) -> None:
+    def assign(self, shard: Shard, node: Kid, attempt: int, now_ms: float) -> None:
         """Give a pending shard to `node` under a new attempt."""
         assert shard.node is None and shard.number in self.pending, "L2"
+        assert attempt > shard.attempt, "L4"
         self.pending.remove(shard.number)
         shard.node = node
         shard.first = shard.counted
-        shard.attempt += 1  # L4
+        shard.attempt = attempt
         shard.attempts += 1
-        shard.assigned_ms = shard.heard_ms = shard.sent_ms = now_ms
+        shard.assigned_ms = shard.heard_ms = shard.sent_ms = shard.gauged_ms = now_ms
         shard.acknowledged = False
         shard.shrinking = -1
+        shard.shed = False
+        shard.refused_at = -1
+        shard.gas_seen = shard.busy_seen_ms = shard.gauged_gas = shard.speed = 0.0
+        shard.gauged_busy_ms = 0.0
+        shard.gauges = 0
 
     def release(self, shard: Shard) -> None:
         """Take a shard back; what is counted stays counted."""
         assert shard.node is not None, "L2"
         shard.avoid = shard.node
-        shard.node = None
+        shard.node = None  # L3: whatever the old attempt still says is stale from now on
         shard.shrinking = -1
-        shard.attempt += 1  # L3: whatever the old attempt still says is stale from now on
-        self.retries += 1
         self.pending.append(shard.number)
 
-    def count(self, shard: Shard, first: int, results: Sequence[Result]) -> int:
-        """Count what continues the shard's counted prefix; how many blocks that were."""
-        fresh = results[shard.counted - first :] if first <= shard.counted else ()
-        fresh = fresh[: shard.owed]
-        for result in fresh:
-            assert self.results[shard.counted] is None, "L1"
-            self.results[shard.counted] = result
-            low, high = blocks.positions(self.spec, shard.counted)
-            self.done += high - low
-            shard.counted += 1
-            self.counted += 1
+    def count(self, shard: Shard, first: int, results: Sequence[Result]) -> Sequence[Result]:
+        """Count what continues the shard's counted prefix; those results."""
+        if not results or first > shard.counted:
+            return ()  # nothing, or what came before it is still on its way
+        at = shard.counted
+        fresh = results[at - first : at - first + shard.owed]
+        if not fresh:
+            return ()
+        for block, result in enumerate(fresh, at):
+            assert self.results[block] is None, "L1"
+            self.results[block] = result
+        shard.counted += len(fresh)
+        self.counted += len(fresh)
+        low, _ = blocks.positions(self.spec, at)
+        _, high = blocks.positions(self.spec, shard.counted - 1)
+        self.done += high - low
         if shard.owed == 0:
             self.shards.pop(shard.number)
-        return len(fresh)
+        return fresh
 
     def shrink(self, shard: Shard, last: int) -> Shard | None:
         """Cut the shard at `last`; the rest is a new pending shard (None where none is left)."""
+        if last > shard.shrinking >= 0:
+            shard.refused_at = shard.counted
         shard.shrinking = -1
         last = max(last, shard.counted)
         if last >= shard.last:
@@ -139,10 +175,21 @@ class Job:
         return rest
 
     def check(self) -> None:
-        """Assert L2 from the outside; called by tests and the simulator."""
+        """Assert L1 and L2."""
+        broken = self.broken()
+        assert not broken, broken
+
+    def broken(self) -> str:
+        """What is wrong with L1 or L2, seen from outside; "" where they hold."""
         owed = sorted((s.counted, s.last) for s in self.shards.values())
         covered = self.counted + sum(last - first for first, last in owed)
-        assert covered == self.blocks, f"L2: {covered} of {self.blocks} blocks are accounted for"
-        for (_, last), (first, _) in itertools.pairwise(owed):
-            assert last <= first, "L2: shards overlap"
-        assert self.counted == sum(result is not None for result in self.results), "L1"
+        if covered != self.blocks:
+            return f"L2: {covered} of {self.blocks} blocks are accounted for"
+        if any(last > first for (_, last), (first, _) in itertools.pairwise(owed)):
+            return "L2: shards overlap"
+        for first, last in owed:
+            if any(self.results[block] is not None for block in range(first, last)):
+                return f"L1: a result is there for a block of [{first}, {last}), which is owed"
+        if self.counted != len(self.results) - self.results.count(None):
+            return f"L1: {self.counted} blocks are counted, of others there are results"
+        return ""

@@ -24,6 +24,10 @@ INDICES_EXPLICIT_MAX = 65_536  # tasks in one batch; the list is at most 576 KiB
 REPORTS_MAX = 4096
 RESULTS_PER_REPORT_MAX = 65_536
 BLOCK_MAX = 1 << 17
+# An attempt's number is the boot of its owner and a count. They share 62 bits: 2^40 attempts are 3
+# years at 10 000 a second, and after 2^22 boots nobody remembers the first.
+ATTEMPT_BITS = 40
+BOOT_MASK = (1 << 22) - 1
 
 JobId = Annotated[str, Meta(pattern=r"^J-[0-9a-f]{16}$")]
 Index = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
@@ -145,7 +149,11 @@ class WhyAnswer(msgspec.Struct, frozen=True, array_like=True, tag="s.because"):
 
 
 class AssignShard(msgspec.Struct, frozen=True, array_like=True, tag="s.assign"):
-    """Compute blocks `[first, last)`. `ir` is empty where the runner should have it already."""
+    """Compute blocks `[first, last)`. `ir` is empty where the runner should have it already.
+
+    `attempt` is unique over all assignments that the owner ever makes, and grows; `tries` counts
+    those of the shard, for people.
+    """
 
     job: JobId
     shard: Number
@@ -154,6 +162,7 @@ class AssignShard(msgspec.Struct, frozen=True, array_like=True, tag="s.assign"):
     first: Block
     last: Block
     ir: Annotated[bytes, Meta(max_length=PROGRAM_BYTES_MAX)] = b""
+    tries: Number = 1
 
 
 class Shrink(msgspec.Struct, frozen=True, array_like=True, tag="s.shrink"):
@@ -210,20 +219,24 @@ class Report(msgspec.Struct, frozen=True, array_like=True, tag="s.report"):
     first: Block
     results: Annotated[tuple[Result, ...], Meta(max_length=RESULTS_PER_REPORT_MAX)]
     running: bool
-    gas: Gas  # used since the previous report
-    busy_ms: Ms  # of a worker, since the previous report
+    gas: Gas  # used by this attempt so far: a lost report loses nothing of it
+    busy_ms: Ms  # of a worker, by this attempt so far
     load: LoadReport
     fault: Fault | None = None
     lost: Text = ""
 
 
 class ReportAck(msgspec.Struct, frozen=True, array_like=True, tag="s.ack"):
-    """Everything before block `counted` of this attempt is safe with the owner."""
+    """Everything before block `counted` of this attempt is safe with the owner.
+
+    `missing`: the report began later than that; what lies between has to be sent again.
+    """
 
     job: JobId
     shard: Number
     attempt: Number
     counted: Block
+    missing: bool = False
 
 
 Message = (

@@ -1,26 +1,25 @@
-"""What comes out of a job: the reduction of its blocks, and how it reaches the client."""
+"""What comes out of a job: its status, the reduction of its blocks, how they reach the client."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 from manifold.kernel.process.messages import Result
 from manifold.kernel.scheduler import blocks
 from manifold.kernel.scheduler.ledger import Job
+from manifold.kernel.scheduler.messages import JobStatus, ShardStatus
+from manifold.vm.kid import Kid
 from manifold.vm.runtime.results import Partial, merge
 
 INLINE_BYTES_MAX = 2 << 20  # results up to this size travel with the final status, in chunks
+LIVE_MAX = 256  # shards in one status
 PART_BYTES_MAX = 768 << 10  # of one fetched part: under a frame with its overhead
 
 
 def nbytes(results: Sequence[Result]) -> int:
     """About how many bytes results take, in memory and on the wire."""
     return sum(r.nbytes if isinstance(r, Partial) else 512 for r in results)
-
-
-def held(job: Job) -> int:
-    """Bytes of results that an ended job holds."""
-    return nbytes([r for r in job.results if r is not None])
 
 
 def reduce(job: Job) -> None:
@@ -56,3 +55,22 @@ def part(job: Job, first: int) -> tuple[Result, ...]:
             break
         found.append(result)
     return tuple(found)
+
+
+def status(
+    job: Job, owner: Kid, alias: Callable[[Kid | None], str], now_ms: float, *, brief: bool
+) -> JobStatus:
+    """The job as it stands; `brief` leaves results out."""
+    results, parts = (None, 0) if brief else inline(job)
+    live: tuple[ShardStatus, ...] = ()
+    if job.state == "running":
+        live = tuple(
+            ShardStatus(s.number, s.attempts, alias(s.node), s.first, s.last, s.counted)
+            for s in itertools.islice(job.shards.values(), LIVE_MAX)
+        )
+    return JobStatus(
+        job.job, job.state, job.spec.program, job.spec.name, owner, job.done,
+        blocks.total(job.spec), (job.ended_ms or now_ms) - job.started_ms, job.next_shard,
+        job.retries, blocks.block_indices(job.spec), job.spec.reduce, job.fault, results, parts,
+        live,
+    )  # fmt: skip

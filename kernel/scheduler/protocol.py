@@ -48,9 +48,11 @@ Request = SubmitJob | WatchJob | KillJob | FetchResult | ListJobs | WhyTask
 class Scheduler:
     """See the module."""
 
-    def __init__(self, me: Kid, config: SchedulerConfig, geode: Geode, slots: int) -> None:
+    def __init__(
+        self, me: Kid, config: SchedulerConfig, geode: Geode, slots: int, boot: int = 0
+    ) -> None:
         self.geode = geode
-        self.owner = Owner(me, config, geode)
+        self.owner = Owner(me, config, geode, boot)
         self.runner = Runner(me, config, slots)
         self._owner_due_ms = float("inf")
         self._runner_due_ms = float("inf")
@@ -63,7 +65,7 @@ class Scheduler:
             return self._why(message.task), []
         if isinstance(message, SubmitJob):
             # Our own load is known now: it need not age like what others told us.
-            self.geode.report(self.owner.me, self.runner.load(), now_ms)
+            self.owner.peers.load(self.owner.me, self.runner.load(), now_ms)
             answer, effects = self.owner.submit(client, message, now_ms)
         else:
             answer, effects = self.owner.request(client, message, now_ms)
@@ -93,8 +95,8 @@ class Scheduler:
         if self.owner.events:
             effects += self.owner.take_events()
         if self.owner.jobs:
-            self._owner_due_ms = min(self._owner_due_ms, now_ms + TICK_MS)
-        elif self.owner.ended:
+            self._owner_due_ms = min(self._owner_due_ms, now_ms + TICK_MS, self.owner.wake_ms)
+        elif self.owner.shelf.jobs:
             self._owner_due_ms = min(self._owner_due_ms, now_ms + RETAIN_TICK_MS)
         if self.runner.busy:
             self._runner_due_ms = min(self._runner_due_ms, now_ms + RUNNER_TICK_MS)
@@ -108,8 +110,10 @@ class Scheduler:
     def node_up(self, node: Kid, now_ms: float) -> list[Effect]:
         return self._close(self.owner.node_up(node, now_ms), now_ms)
 
-    def node_down(self, node: Kid, now_ms: float) -> list[Effect]:
-        effects = self.owner.node_down(node, now_ms) + self.runner.drop_owner(node, now_ms)
+    def node_down(self, node: Kid, boot: int, now_ms: float) -> list[Effect]:
+        """Process `boot` of `node` is dead; a later one may have spoken to us already."""
+        effects = self.owner.node_down(node, now_ms)
+        effects += self.runner.drop_owner(node, boot, now_ms)
         return self._close(effects, now_ms)
 
     # -- workers ------------------------------------------------------------------------------

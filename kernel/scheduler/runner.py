@@ -2,9 +2,14 @@
 
 Interface rules: owners speak through `receive`, workers through the `run_…` events; each returns
 effects. Workers are numbered slots; a slot computes one run (a stretch of one attempt) at a time.
+Two owners may run a job of one id (its client thought the first lost): attempts are told apart by
+their owner.
 Invariants: R1 a slot has at most one run; R2 results stay here until the owner has counted them;
 R3 admission never holds more than `ATTEMPTS_MAX` attempts; R4 a run is fenced by its number: what
-an ended run still says is ignored.
+an ended run still says is ignored; R5 an attempt never
+computes what it gave up with `Shrunk`; R6 at most
+`WINDOW_BYTES` and one report of results of an attempt are on their way; R7 an attempt that is over
+is not begun again by a late copy of its assignment, as far as `OVER_MAX` reach.
 Source: design page of the scheduler (blocks, one writer, credits). Between owner and runner this
 is go-back-N over blocks: acknowledgements are cumulative, what is not acknowledged is sent again.
 """
@@ -19,7 +24,10 @@ from manifold.kernel.config import SchedulerConfig
 from manifold.kernel.effects import Effect, Notify, Plane, Send
 from manifold.kernel.geode.messages import LoadReport
 from manifold.kernel.process.messages import Fault, Result
+from manifold.kernel.scheduler import blocks
 from manifold.kernel.scheduler.messages import (
+    ATTEMPT_BITS,
+    BOOT_MASK,
     RESULTS_PER_REPORT_MAX,
     AbortRun,
     AssignShard,
@@ -38,12 +46,23 @@ from manifold.vm.kid import Kid, kid_of
 from manifold.vm.runtime.results import Partial
 
 ATTEMPTS_MAX = 4096  # held at once; each is under 1 KiB without its results
+OVER_MAX = 4096  # attempts that are over, remembered; 300 bytes each
 PROGRAMS_MAX = 256  # IRs kept by KID
 PROGRAM_CACHE_BYTES_MAX = 64 << 20
 REPORT_BYTES_MAX = 2 << 20  # results of one report: two frames, so that control gets through
 QUANTUM_MS = 100.0  # a run that others wait for yields its slot after this
-RESEND_MS = 500.0  # a report not acknowledged in this time is sent again
+RESEND_MS = 500.0  # a report not acknowledged in this time is sent again; twice that the next time
+RESEND_MS_MAX = 8000.0  # and so on up to this: a slow link is not to drown in repetitions
+REWIND_MS = 20.0  # a gap is repaired at once, but not again until the repair can have arrived
+# Results of a run that goes on are sent together, this often: the owner's time per report is a
+# hundred microseconds, and 64 busy slots would take a tenth of it at one report each 64 ms.
+REPORT_MS = 50.0
+EAGER_BYTES = 256 << 10  # or when they are so large
+WINDOW_BYTES = 4 << 20  # two reports: while one is acknowledged the next is on its way
 ORPHAN_MS = 30_000.0  # an owner that has acknowledged nothing for so long is gone
+
+
+Key = tuple[Kid, str, int]  # owner, job, shard
 
 
 @dataclass(slots=True)
@@ -71,13 +90,21 @@ class Attempt:
     gas: float = 0.0
     busy_ms: float = 0.0
     gas_per_block: float = 0.0
+    fresh_gas: float = 0.0  # used since the last block that was done
     fault: Fault | None = None
     lost: str = ""
-    rewind_ms: float = 0.0
+    tries: int = 1
+    unacked_ms: float = 0.0  # since when the oldest unacknowledged result is on its way
+    resend_ms: float = RESEND_MS
+    rewound_ms: float = -1e9
+    told: bool = False  # whether any result was ever sent
+    unsent_bytes: int = 0  # of results, about
+    flying_bytes: int = 0  # of results sent and not acknowledged
+    queued_gas: float = 0.0  # its part of `Runner._queued_gas`
 
     @property
-    def key(self) -> tuple[str, int]:
-        return self.job, self.shard
+    def key(self) -> Key:
+        return self.owner, self.job, self.shard
 
     @property
     def ended(self) -> bool:
@@ -98,12 +125,15 @@ class Runner:
         self.gas_per_s = 0.0  # of one slot, measured
         self.free_memory_bytes = 1 << 60
         self.cordoned = False
-        self._attempts: dict[tuple[str, int], Attempt] = {}
-        self._waiting: deque[tuple[str, int]] = deque()
+        self._attempts: dict[Key, Attempt] = {}
+        self._over: OrderedDict[Key, int] = OrderedDict()
+        self._waiting: deque[Key] = deque()
         self._running: dict[int, Attempt] = {}  # by slot, R1
         self._programs: OrderedDict[Kid, bytes] = OrderedDict()
         self._program_bytes = 0
         self._next_run = 1
+        self._queued_gas = 0.0  # of all attempts, as far as it can be told
+        self._gas_per_index: OrderedDict[Kid, float] = OrderedDict()  # as seen here, by program
 
     # -- from owners --------------------------------------------------------------------------
 
@@ -119,15 +149,15 @@ class Runner:
             case Shrink():
                 return self._shrink(source, message)
             case DropShard():
-                held = self._attempts.get((message.job, message.shard))
-                if held is not None and held.attempt <= message.attempt and held.owner == source:
+                held = self._attempts.get((source, message.job, message.shard))
+                if held is not None and held.attempt <= message.attempt:
                     return self._drop(held, now_ms)
                 return []
             case ReportAck():
                 return self._acknowledged(source, message, now_ms)
 
     def _assigned(self, owner: Kid, message: AssignShard, now_ms: float) -> list[Effect]:
-        key = (message.job, message.shard)
+        key = (owner, message.job, message.shard)
         effects: list[Effect] = []
         held = self._attempts.get(key)
         if held is not None:
@@ -136,6 +166,8 @@ class Runner:
             if held.attempt == message.attempt:
                 return [self._report(held, now_ms)]
             effects += self._drop(held, now_ms)
+        if message.attempt <= self._over.get(key, -1):
+            return effects  # R7
         identity = (message.job, message.shard, message.attempt)
         ir = message.ir or self._programs.get(message.spec.program, b"")
         if not ir:
@@ -144,11 +176,15 @@ class Runner:
             return [*effects, Send(owner, Rejected(*identity, self.config.backlog_ms))]
         attempt = Attempt(
             owner, *identity, message.spec, ir, message.last,
-            message.first, message.first, message.first, now_ms, now_ms,
+            message.first, message.first, message.first, now_ms, now_ms, tries=message.tries,
         )  # fmt: skip
+        known = self._gas_per_index.get(message.spec.program)
+        if known is not None:
+            attempt.gas_per_block = known * blocks.block_indices(message.spec)
         if message.ir and not self._keep_program(message.spec.program, message.ir):
             attempt.fault = Fault("invalid_program", "The program does not have the KID it claims.")
         self._attempts[key] = attempt
+        self._weigh(attempt)
         if attempt.fault is None:
             self._waiting.append(key)
             effects += self._fill(now_ms)
@@ -164,14 +200,22 @@ class Runner:
         if self.cordoned:
             return 0
         free = self.slots - len(self._running)
-        backlog_ms = sum(self._left_ms(self._attempts[key]) for key in self._waiting) / self.slots
-        if backlog_ms > self.config.backlog_ms and len(self._waiting) >= 2 * self.slots:
+        if len(self._waiting) >= 2 * self.slots and self._backlog_ms() > self.config.backlog_ms:
             return max(0, free)
-        return max(0, min(ATTEMPTS_MAX - len(self._attempts), free + self.config.queue))  # R3
+        room = free + self.config.queue - len(self._waiting)
+        return max(0, min(ATTEMPTS_MAX - len(self._attempts), room))  # R3
 
-    def _left_ms(self, attempt: Attempt) -> float:
-        gas = attempt.gas_per_block * (attempt.last - attempt.next)
-        return gas / self.gas_per_s * 1000 if self.gas_per_s else 0.0
+    def _backlog_ms(self) -> float:
+        """How long the slots will take for all that is here."""
+        return self._queued_gas / self.gas_per_s * 1000 / self.slots if self.gas_per_s else 0.0
+
+    def _weigh(self, attempt: Attempt, *, gone: bool = False) -> None:
+        """Keep the sum of what is queued up to date."""
+        queued = 0.0 if gone else attempt.gas_per_block * (attempt.last - attempt.next)
+        self._queued_gas += queued - attempt.queued_gas
+        attempt.queued_gas = queued
+        if not self._attempts:
+            self._queued_gas = 0.0  # exactly: sums of floats leave dust
 
     def _keep_program(self, kid: Kid, ir: bytes) -> bool:
         if kid in self._programs:
@@ -187,17 +231,15 @@ class Runner:
         return True
 
     def _current(self, source: Kid, message: Shrink | ReportAck) -> Attempt | None:
-        held = self._attempts.get((message.job, message.shard))
-        if held is None or held.attempt != message.attempt or held.owner != source:
+        held = self._attempts.get((source, message.job, message.shard))
+        if held is None or held.attempt != message.attempt:
             return None
         return held
 
     def _shrink(self, owner: Kid, message: Shrink) -> list[Effect]:
         held = self._current(owner, message)
         if held is None:
-            # It never came here, or is gone: nothing of it will be computed here.
-            stop = message.last
-            return [Send(owner, Shrunk(message.job, message.shard, message.attempt, stop))]
+            return []  # R5: its assignment may still come; if not, our silence tells
         if held.run and message.last < held.last:
             held.shrink_to = message.last
             return [Notify(LimitRun(held.slot, held.run, message.last))]
@@ -208,19 +250,38 @@ class Runner:
         if held is None:
             return []
         held.heard_ms = now_ms
+        before = held.base
         while held.base < message.counted and held.results:
-            held.results.popleft()
+            result = held.results.popleft()
+            if held.base < held.sent:
+                held.flying_bytes -= _size(result)
             held.base += 1
         held.sent = max(held.sent, held.base)
-        held.rewind_ms = now_ms
+        if held.base > before:  # only progress says that nothing is missing
+            held.unacked_ms = now_ms
+            held.resend_ms = RESEND_MS
         if held.base >= held.last and held.ended:
-            return self._drop(held, now_ms)
-        if held.sent < held.next:  # more than one report's worth was ready
+            # Its run has nothing left to do and ends by itself: that is cheaper than an abort.
+            return [] if held.run else self._drop(held, now_ms)
+        if message.missing and now_ms - held.rewound_ms > REWIND_MS:
+            return [self._rewind(held, now_ms)]
+        if held.sent < held.next and (held.ended or now_ms - held.reported_ms >= REPORT_MS):
             return [self._report(held, now_ms)]
         return []
 
+    def _rewind(self, attempt: Attempt, now_ms: float) -> Effect:
+        """Go back to what is not acknowledged, and send it again."""
+        attempt.sent, attempt.flying_bytes = attempt.base, 0
+        attempt.rewound_ms = now_ms
+        return self._report(attempt, now_ms)
+
     def _drop(self, attempt: Attempt, now_ms: float) -> list[Effect]:
         del self._attempts[attempt.key]
+        self._over.pop(attempt.key, None)
+        self._over[attempt.key] = attempt.attempt
+        if len(self._over) > OVER_MAX:
+            self._over.popitem(last=False)
+        self._weigh(attempt, gone=True)
         if attempt.run:
             del self._running[attempt.slot]
             abort = AbortRun(attempt.slot, attempt.run)
@@ -229,10 +290,13 @@ class Runner:
             self._waiting.remove(attempt.key)
         return []
 
-    def drop_owner(self, owner: Kid, now_ms: float) -> list[Effect]:
-        """The owner is dead: whatever it assigned is nobody's any more."""
+    def drop_owner(self, owner: Kid, boot: int, now_ms: float) -> list[Effect]:
+        """Process `boot` of the owner is dead: whatever it assigned is nobody's any more."""
         effects: list[Effect] = []
-        for attempt in [a for a in self._attempts.values() if a.owner == owner]:
+        below = ((boot & BOOT_MASK) + 1) << ATTEMPT_BITS
+        for attempt in [
+            a for a in self._attempts.values() if a.owner == owner and a.attempt < below
+        ]:
             effects += self._drop(attempt, now_ms)
         return effects
 
@@ -285,27 +349,49 @@ class Runner:
         assert first == attempt.next, "a worker computes its blocks in order"
         attempt.results.extend(results)
         attempt.next += len(results)
-        return [self._report(attempt, now_ms)]
+        self._weigh(attempt)
+        attempt.unsent_bytes += sum(_size(result) for result in results)
+        if (
+            attempt.next >= attempt.last
+            or not attempt.told  # the first says how fast we are
+            or now_ms - attempt.reported_ms >= REPORT_MS
+            or attempt.unsent_bytes >= EAGER_BYTES
+        ):
+            return [self._report(attempt, now_ms)]
+        return []
 
     def _account(self, attempt: Attempt, count: int, gas: float, busy_ms: float) -> None:
         attempt.gas += gas
         attempt.busy_ms += busy_ms
+        attempt.fresh_gas += gas
         if count:
-            attempt.gas_per_block = gas / count
+            attempt.gas_per_block, attempt.fresh_gas = attempt.fresh_gas / count, 0.0
+            self._learn_gas(attempt)
         if busy_ms > 1.0:  # shorter stretches measure the clock, not the machine
             speed = gas / busy_ms * 1000
             self.gas_per_s = 0.7 * self.gas_per_s + 0.3 * speed if self.gas_per_s else speed
+
+    def _learn_gas(self, attempt: Attempt) -> None:
+        """What waits is weighed by what the program took here before."""
+        program = attempt.spec.program
+        gas = attempt.gas_per_block / blocks.block_indices(attempt.spec)
+        if self._gas_per_index.pop(program, None) is None:
+            while len(self._gas_per_index) >= PROGRAMS_MAX:
+                self._gas_per_index.popitem(last=False)
+        self._gas_per_index[program] = gas
 
     def run_limited(self, slot: int, run: int, last: int, now_ms: float) -> list[Effect]:
         """The worker will stop before block `last`, the answer to `LimitRun`."""
         attempt = self._run(slot, run)
         if attempt is None or attempt.shrink_to < 0:
             return []
-        return [self._shrunk(attempt, last)]
+        # Where the run stops to let another have its slot, the attempt goes on later.
+        return [self._shrunk(attempt, max(last, attempt.shrink_to))]
 
     def _shrunk(self, attempt: Attempt, last: int) -> Effect:
         attempt.shrink_to = -1
         attempt.last = min(attempt.last, max(last, attempt.next))
+        self._weigh(attempt)
         answer = Shrunk(attempt.job, attempt.shard, attempt.attempt, attempt.last)
         return Send(attempt.owner, answer)
 
@@ -319,11 +405,12 @@ class Runner:
             effects.append(self._shrunk(attempt, attempt.shrink_to))
         self._leave_slot(attempt)
         attempt.fault = fault
-        if attempt.ended:
-            if fault is not None or attempt.sent < attempt.next:
-                effects.append(self._report(attempt, now_ms))
-        else:
+        if fault is not None or attempt.sent < attempt.next:
+            effects.append(self._report(attempt, now_ms))
+        if not attempt.ended:
             self._waiting.append(attempt.key)
+        elif fault is None and attempt.base >= attempt.last:
+            effects += self._drop(attempt, now_ms)
         return effects + self._fill(now_ms)
 
     def slot_lost(self, slot: int, reason: str, now_ms: float) -> list[Effect]:
@@ -344,9 +431,8 @@ class Runner:
 
     def load(self) -> LoadReport:
         """What this node says of itself."""
-        queued = sum(a.gas_per_block * (a.last - a.next) for a in self._attempts.values())
         return LoadReport(
-            queued_gas=queued,
+            queued_gas=max(0.0, self._queued_gas),
             slots=self.slots,
             free_slots=max(0, self.slots - len(self._running) - len(self._waiting)),
             credits=self.credits(),
@@ -355,24 +441,30 @@ class Runner:
         )
 
     def _report(self, attempt: Attempt, now_ms: float) -> Effect:
-        offset = attempt.sent - attempt.base
         batch: list[Result] = []
         size = 0
-        for index in range(offset, min(len(attempt.results), offset + RESULTS_PER_REPORT_MAX)):
-            size += _size(attempt.results[index])
-            if batch and size > REPORT_BYTES_MAX:
-                break
-            batch.append(attempt.results[index])
+        if attempt.sent < attempt.next and attempt.flying_bytes < WINDOW_BYTES:  # R6
+            offset = attempt.sent - attempt.base
+            for index in range(offset, min(len(attempt.results), offset + RESULTS_PER_REPORT_MAX)):
+                each = _size(attempt.results[index])
+                if batch and size + each > REPORT_BYTES_MAX:
+                    break
+                size += each
+                batch.append(attempt.results[index])
         first = attempt.sent
+        if batch and attempt.sent == attempt.base:
+            attempt.unacked_ms = now_ms
         attempt.sent += len(batch)
+        attempt.flying_bytes += size
+        attempt.told = attempt.told or bool(batch)
         attempt.reported_ms = now_ms
         whole = attempt.sent == attempt.next  # a fault counts only after all that preceded it
+        attempt.unsent_bytes = 0 if whole else attempt.unsent_bytes
         report = Report(
             attempt.job, attempt.shard, attempt.attempt, first, tuple(batch),
             attempt.run > 0, attempt.gas, attempt.busy_ms, self.load(),
             attempt.fault if whole else None, attempt.lost if whole else "",
         )  # fmt: skip
-        attempt.gas = attempt.busy_ms = 0.0
         return Send(attempt.owner, report, Plane.DATA)
 
     def tick(self, now_ms: float) -> list[Effect]:
@@ -382,12 +474,13 @@ class Runner:
             if now_ms - attempt.heard_ms > ORPHAN_MS:
                 effects += self._drop(attempt, now_ms)
                 continue
-            if attempt.base < attempt.sent and now_ms - attempt.rewind_ms > RESEND_MS:
-                attempt.rewind_ms = now_ms
-                if now_ms - attempt.reported_ms > RESEND_MS / 2:
-                    attempt.sent = attempt.base
-                    effects.append(self._report(attempt, now_ms))
-            elif now_ms - attempt.reported_ms >= self.config.progress_ms:
+            if attempt.base < attempt.sent and now_ms - attempt.unacked_ms > attempt.resend_ms:
+                attempt.resend_ms = min(2 * attempt.resend_ms, RESEND_MS_MAX)
+                effects.append(self._rewind(attempt, now_ms))
+            elif (
+                attempt.sent < attempt.next
+                or now_ms - attempt.reported_ms >= self.config.progress_ms
+            ):
                 effects.append(self._report(attempt, now_ms))
             if (
                 self._waiting
@@ -404,6 +497,14 @@ class Runner:
     def busy(self) -> bool:
         """Whether ticks are needed."""
         return bool(self._attempts)
+
+    @property
+    def held(self) -> int:
+        """Attempts that are here, whatever their state."""
+        return len(self._attempts)
+
+    def attempts(self) -> list[Attempt]:
+        return list(self._attempts.values())
 
     def running(self) -> list[tuple[int, Attempt]]:
         """Slot and attempt of what is being computed, by slot (for `ps`)."""
