@@ -30,7 +30,7 @@ from manifold.kernel.membership.messages import (
 from manifold.kernel.membership.probing import SCORE_MAX
 from manifold.kernel.membership.protocol import RECONNECT_PROBES, Membership
 from manifold.tools.simulator.faults import Faults
-from manifold.tools.simulator.run import Checker, Factory, Protocols, Roster
+from manifold.tools.simulator.protocols import Checker, Factory, Protocols, Roster
 from manifold.tools.simulator.world import Node, World
 from manifold.vm.kid import Kid, short
 

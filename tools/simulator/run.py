@@ -16,61 +16,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
 from manifold.tools.simulator.faults import Faults, parse
-from manifold.tools.simulator.world import Boot, Node, World
+from manifold.tools.simulator.protocols import Checker, Factory, Protocols, Roster
+from manifold.tools.simulator.world import Node, World
 from manifold.vm.kid import Kid
 
 FAILURES_MAX = 20  # kept and printed; the first one is what matters
 STEP_MS = 250.0  # how often a cluster of 100 is looked at while it settles
+STEPS = 10  # how often `tell` hears of a run
 PREFIX = "manifold sim"
 
 
-class Checker(Protocol):
-    """Judges from outside. `failures` grows during the run; `settled` is what liveness waits for.
-
-    `name` says what is checked, for the report; `settle_ms` how long settling may take.
-    """
-
-    name: str
-    settle_ms: float
-    failures: list[str]
-
-    def watch(self, world: World, faults: Faults) -> None:
-        """Register with the world, before any node starts."""
-
-    def settled(self, world: World, well: Sequence[Node]) -> str:
-        """Why the well part of the cluster is not yet as it should be; "" when it is."""
-
-    def summary(self) -> str:
-        """What was checked, with figures, for the report."""
-
-
-@dataclass(frozen=True, slots=True)
-class Roster:
-    """Who will take part, for the factory."""
-
-    kids: tuple[Kid, ...]
-    addresses: tuple[str, ...]
-    seed: int
-
-    def index(self, kid: Kid) -> int:
-        return self.kids.index(kid)
-
-
-@dataclass(frozen=True, slots=True)
-class Protocols:
-    """What runs, what it says, who judges it, and what is done to it."""
-
-    boot: Boot
-    messages: Any  # the union of all message types
-    checkers: Sequence[Checker]
-    workload: Callable[[World], None] = lambda world: None
-    duration_ms: float = 60_000.0
-
-
-Factory = Callable[[Roster], Protocols]
+Tell = Callable[[str], None]
 
 
 @dataclass(slots=True)
@@ -82,6 +41,7 @@ class Report:
     faults: str
     duration_ms: float | None = None  # None: what the protocols ask for
     core: bool = False
+    only: str = ""  # "membership": nothing else ran
     events: int = 0
     messages: int = 0
     virtual_s: float = 0.0
@@ -96,9 +56,11 @@ class Report:
         """What reproduces this run."""
         parts = [f"{PREFIX} --seed {self.seed} --nodes {self.nodes} --faults {self.faults}"]
         if self.duration_ms is not None:
-            parts.append(f"--duration-ms {self.duration_ms:g}")
+            parts.append(f"--duration {self.duration_ms / 1000:g}")
         if self.core:
             parts.append("--core")
+        if self.only:
+            parts.append(f"--only {self.only}")
         return " ".join(parts)
 
     def text(self) -> str:
@@ -126,17 +88,23 @@ def simulate(
     protocols: Factory | None = None,
     *,
     core: bool = False,
+    tell: Tell | None = None,
 ) -> Report:
-    """Run one cluster from `seed`: safety for `duration_ms`, then liveness."""
+    """Run one cluster from `seed`: safety for `duration_ms`, then liveness.
+
+    Without `protocols` only membership runs. `tell` hears now and then how far it is.
+    """
+    only = ""
     if protocols is None:
         from manifold.tools.simulator.membership import membership_only
 
-        protocols = membership_only
+        protocols, only = membership_only, "membership"
     begun_s = time.perf_counter()
     collects = gc.isenabled()
     gc.disable()  # a large cluster is a million rows that stay: scanning them takes half the time
     try:
-        report = _simulate(Report(seed, nodes, faults, duration_ms, core), protocols)
+        report = Report(seed, nodes, faults, duration_ms, core, only)
+        _simulate(report, protocols, tell or (lambda line: None))
     finally:
         if collects:
             gc.enable()
@@ -144,14 +112,18 @@ def simulate(
     return report
 
 
-def _simulate(report: Report, protocols: Factory) -> Report:
+def _simulate(report: Report, protocols: Factory, tell: Tell) -> None:
     plan = parse(report.faults)
     world, made = build(report.seed, report.nodes, plan, protocols)
     world.start_all()
     made.workload(world)
     if not plan.quiet:
         world.break_things()
-    world.run(made.duration_ms if report.duration_ms is None else report.duration_ms)
+    duration_ms = made.duration_ms if report.duration_ms is None else report.duration_ms
+    for step in range(STEPS):
+        world.run((step + 1) * duration_ms / STEPS - world.now_ms)
+        tell(f"{world.now_ms / 1000:.1f} of {duration_ms / 1000:g} s, {world.events} events")
+    tell("healed: everything has to settle")
     well = world.majority() if report.core else list(world.nodes)
     world.heal(well if report.core else None)
     report.settled_ms = settle(world, made.checkers, well, report.failures)
@@ -162,7 +134,6 @@ def _simulate(report: Report, protocols: Factory) -> Report:
     report.events, report.messages = world.events, world.network.sent
     report.virtual_s = world.now_ms / 1000
     report.digest = world.digest()
-    return report
 
 
 def build(seed: int, nodes: int, faults: Faults, protocols: Factory) -> tuple[World, Protocols]:
