@@ -60,6 +60,7 @@ log = logging.getLogger("manifold.node")
 LEAVE_S = 0.3  # after saying goodbye, the time for it to reach others
 LAG_MS_MIN = 50.0  # a timer later than this is worth telling membership
 CLIENT_CHECK_S = 5.0
+JOB_LOG_S = 0.01  # lines about jobs are written out of the way of the jobs
 
 
 class NodeSpec(msgspec.Struct, frozen=True):
@@ -97,6 +98,7 @@ class Node:
         self._disk = asyncio.Lock()
         self._durable: dict[str, bytes] = {}  # what this process has made durable
         self._alive = 0
+        self._job_events: list[JobEvent] = []
         self._leaving = False
         folder = Path(spec.state_dir)
         self.identity = identity.load_identity(folder)
@@ -176,6 +178,7 @@ class Node:
             self.ended.set_result(status)
 
     def close(self) -> None:
+        self._log_jobs()
         if self._timer is not None:
             self._timer.cancel()
         if self._clients_checked is not None:
@@ -218,8 +221,8 @@ class Node:
             else:
                 self.bus.reply(incoming, to_failure(error))
             return
+        self.perform(effects)  # a worker that can start does so before the answer is written
         self.bus.reply(incoming, answer)
-        self.perform(effects)
 
     def run(self, coroutine: Any) -> None:
         """Run a coroutine of ours to its end; its exception is a bug like any other."""
@@ -296,12 +299,19 @@ class Node:
                     member.boot, before, member.state.name.lower(),
                 )  # fmt: skip
                 self._tell_alive()
-            case JobEvent(what=what, job=job, detail=detail):
-                log.info("job %s %s: %s", job, what, detail)
+            case JobEvent():
+                if not self._job_events:
+                    self.loop.call_later(JOB_LOG_S, self._log_jobs)
+                self._job_events.append(event)
             case Refuted(by=by):
                 log.warning("somebody (%s) held us for dead; refuted", by[:10])
             case Superseded(boot=boot):
                 self.end(75, f"another process with our key has boot {boot}")
+
+    def _log_jobs(self) -> None:
+        events, self._job_events = self._job_events, []
+        for event in events:
+            log.info("job %s %s: %s", event.job, event.what, event.detail)
 
     def _learn(self, change: MemberChanged) -> None:
         member = change.member
