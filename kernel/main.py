@@ -6,6 +6,7 @@ Interface: `boot` is the zygote's entry point; everything it needs is in the `No
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ from manifold.kernel.errors import ManifoldError
 from manifold.kernel.logbook import Logbook
 from manifold.kernel.node import NodeSpec, serve
 
+GC_THRESHOLD = 20_000  # objects; Python's 700 would collect several times in a short task
 _spec_decoder = msgspec.msgpack.Decoder(NodeSpec)  # made once, in the zygote
 
 
@@ -27,6 +29,7 @@ def boot(payload: bytes, fds: list[int], liveness_fd: int) -> None:
     """Become the node that `payload` describes; `fds` is the channel to the supervisor."""
     spec = _spec_decoder.decode(payload)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # before the loop is up: just end
+    gc.set_threshold(GC_THRESHOLD)  # what was imported is frozen; the rest makes few cycles
     logbook = open_log(spec)  # what happens from here on is on record
     control = socket.socket(fileno=fds[0])  # the supervisor's commands
     # identity and boot number, membership, geode, scheduler, hyperbus, workers: `Node`

@@ -51,7 +51,14 @@ from manifold.kernel.process.messages import Compute, Fault, Result, WorkerSpec
 from manifold.kernel.process.pool import Pool
 from manifold.kernel.process.remains import answers
 from manifold.kernel.scheduler import blocks
-from manifold.kernel.scheduler.messages import AbortRun, JobEvent, LimitRun, StartRun
+from manifold.kernel.scheduler.messages import (
+    AbortRun,
+    JobEvent,
+    JobStatus,
+    LimitRun,
+    StartRun,
+    SubmitJob,
+)
 from manifold.kernel.syscalls import SystemCalls
 from manifold.vm.kid import Kid
 
@@ -60,6 +67,7 @@ log = logging.getLogger("manifold.node")
 LEAVE_S = 0.3  # after saying goodbye, the time for it to reach others
 LAG_MS_MIN = 50.0  # a timer later than this is worth telling membership
 CLIENT_CHECK_S = 5.0
+HOLD_S = 0.002  # a submission is answered at the latest after this
 JOB_LOG_S = 0.01  # lines about jobs are written out of the way of the jobs
 
 
@@ -99,6 +107,7 @@ class Node:
         self._durable: dict[str, bytes] = {}  # what this process has made durable
         self._alive = 0
         self._job_events: list[JobEvent] = []
+        self._held: dict[str, tuple[Incoming, JobStatus, asyncio.TimerHandle]] = {}
         self._leaving = False
         folder = Path(spec.state_dir)
         self.identity = identity.load_identity(folder)
@@ -179,6 +188,8 @@ class Node:
 
     def close(self) -> None:
         self._log_jobs()
+        for _, _, timer in self._held.values():
+            timer.cancel()
         if self._timer is not None:
             self._timer.cancel()
         if self._clients_checked is not None:
@@ -221,8 +232,40 @@ class Node:
             else:
                 self.bus.reply(incoming, to_failure(error))
             return
-        self.perform(effects)  # a worker that can start does so before the answer is written
+        body = incoming.body
+        if isinstance(body, SubmitJob) and body.watch and isinstance(answer, JobStatus):
+            self._hold(incoming, answer)
+            self.perform(effects)
+            return
+        self.perform(effects)
         self.bus.reply(incoming, answer)
+
+    def _hold(self, incoming: Incoming, answer: JobStatus) -> None:
+        """A job that ends soon is answered once, with its result: half a short task's messages."""
+        if answer.state != "running" or answer.job in self._held:
+            self.bus.reply(incoming, answer)
+            return
+        timer = self.loop.call_later(HOLD_S, self._answer_held, answer.job)
+        self._held[answer.job] = (incoming, answer, timer)
+
+    def _answer_held(self, job: str) -> None:
+        held = self._held.pop(job, None)
+        if held is not None:
+            self.bus.reply(held[0], held[1])
+
+    def _send(self, effect: Send) -> None:
+        status = effect.message
+        if isinstance(status, JobStatus) and status.job in self._held:
+            incoming, _, timer = self._held[status.job]
+            if incoming.source == effect.to:
+                timer.cancel()
+                del self._held[status.job]
+                self.bus.reply(incoming, status)
+                return
+        try:
+            self.bus.send(effect.to, effect.message, effect.plane)
+        except Unavailable:
+            self.bus.counters["sends_dropped"] += 1  # its protocol will try again
 
     def run(self, coroutine: Any) -> None:
         """Run a coroutine of ours to its end; its exception is a bug like any other."""
@@ -263,11 +306,8 @@ class Node:
 
     def _perform_one(self, effect: Effect) -> None:
         match effect:
-            case Send(to=to, message=message, plane=plane):
-                try:
-                    self.bus.send(to, message, plane)
-                except Unavailable:
-                    self.bus.counters["sends_dropped"] += 1  # its protocol will try again
+            case Send():
+                self._send(effect)
             case SetTimer(at_ms=at_ms):
                 if self._timer is not None:
                     self._timer.cancel()

@@ -286,6 +286,10 @@ class Bus:
         self._trim = None
         self._make_room()
 
+    def flush(self) -> None:
+        """Send what is queued now, not at the end of this tick: for who has nothing to add."""
+        self._flush()
+
     def _flush(self) -> None:
         self._flush_wanted = False
         dirty, self._dirty = self._dirty, {}

@@ -69,12 +69,23 @@ def new_job() -> str:
 class _Job:
     """One submitted job on the connection's thread."""
 
-    __slots__ = ("finished", "futures", "heard_s", "ir", "lost_s", "resubmits", "spec", "task")
+    __slots__ = (
+        "answer",
+        "finished",
+        "futures",
+        "heard_s",
+        "ir",
+        "lost_s",
+        "resubmits",
+        "spec",
+        "task",
+    )
 
     def __init__(self, spec: JobSpec, ir: bytes, futures: list[Future]) -> None:
         self.spec = spec
         self.ir = ir
         self.futures = futures
+        self.answer: asyncio.Future[Any] | None = None  # to the submission, once it was sent
         self.heard_s = 0.0
         self.lost_s = 0.0
         self.resubmits = 0
@@ -240,6 +251,8 @@ class Client:
 
     def _start(self, identity: str, job: _Job) -> None:
         self._jobs[identity] = job
+        submission = SubmitJob(identity, job.spec, job.ir)
+        job.answer = self._connection.ask_now(submission, ASK_TIMEOUT_MS)
         job.task = self._connection.loop.create_task(self._shepherd(identity, job))
 
     # -- one job, on the connection's thread --------------------------------------------------
@@ -267,8 +280,9 @@ class Client:
     async def _submit(self, identity: str, job: _Job) -> None:
         message = SubmitJob(identity, job.spec, job.ir)
         while True:
+            answer, job.answer = job.answer, None
             try:
-                status = await self._connection.request(message, ASK_TIMEOUT_MS)
+                status = await (answer or self._connection.request(message, ASK_TIMEOUT_MS))
             except ManifoldError as error:
                 if error.code not in ("maybe", "unavailable", "no_cluster") or (
                     error.code == "unavailable" and await self._connection.lives()

@@ -124,6 +124,17 @@ class Connection:
             self.attached.source, body, timeout_ms, destination=destination
         )
 
+    def ask_now(self, body: msgspec.Struct, timeout_ms: float) -> asyncio.Future[Any] | None:
+        """As `request`, sent before this returns; None where that cannot be."""
+        if self.attached is None:
+            return None
+        try:
+            answer = self.bus.request(self.attached.source, body, timeout_ms)
+        except ManifoldError:
+            return None  # `request` says why
+        self.bus.flush()
+        return answer
+
     async def lives(self) -> bool:
         """Whether the node we are attached to still answers at its door."""
         if self.attached is None:
