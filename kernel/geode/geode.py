@@ -434,6 +434,11 @@ class Geode:
         """Draw one long link anew; call it now and then (a few times a minute)."""
         self._links.refresh()
 
+    @property
+    def routes(self) -> bool:
+        """Whether there are more nodes than one view keeps up with."""
+        return len(self._view.nodes) > self.config.full_view
+
     def next_hop(self, demand: Demand, now_ms: float, hops: int, visited: tuple[Kid, ...]) -> Hop:
         """Where a task that has made `hops` hops over `visited` goes from here."""
         entries, _ = self._admit(self._plan(demand, now_ms), demand)

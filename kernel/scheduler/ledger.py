@@ -47,6 +47,7 @@ class Shard:
     not_before_ms: float = 0.0
     avoid: Kid | None = None  # who lost it last
     stolen_from: str = ""
+    path: tuple[Kid, ...] = ()  # who sent this shard on since it was placed
     refused_at: int = -1  # `counted` when it last gave less than was asked of it
     shed: bool = False  # shrunk for being slow, not for the sake of an idle slot
     gas_seen: float = 0.0  # of this attempt, when `counted` last grew
@@ -135,6 +136,7 @@ class Job:
     def release(self, shard: Shard) -> None:
         """Take a shard back; what is counted stays counted."""
         assert shard.node is not None, "L2"
+        shard.path = ()
         shard.avoid = shard.node
         shard.node = None  # L3: whatever the old attempt still says is stale from now on
         shard.shrinking = -1

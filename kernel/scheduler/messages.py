@@ -24,6 +24,7 @@ INDICES_EXPLICIT_MAX = 65_536  # tasks in one batch; the list is at most 576 KiB
 REPORTS_MAX = 4096
 RESULTS_PER_REPORT_MAX = 65_536
 BLOCK_MAX = 1 << 17
+HOPS_MAX = 64  # the largest `geode.hops` that a configuration may have
 # An attempt's number is the boot of its owner and a count. They share 62 bits: 2^40 attempts are 3
 # years at 10 000 a second, and after 2^22 boots nobody remembers the first.
 ATTEMPT_BITS = 40
@@ -163,6 +164,8 @@ class AssignShard(msgspec.Struct, frozen=True, array_like=True, tag="s.assign"):
     last: Block
     ir: Annotated[bytes, Meta(max_length=PROGRAM_BYTES_MAX)] = b""
     tries: Number = 1
+    work_gas: Gas = 0.0  # predicted, of all its blocks
+    path: Annotated[tuple[Kid, ...], Meta(max_length=HOPS_MAX)] = ()  # who sent it on
 
 
 class Shrink(msgspec.Struct, frozen=True, array_like=True, tag="s.shrink"):
@@ -190,12 +193,17 @@ class DropShard(msgspec.Struct, frozen=True, array_like=True, tag="s.drop"):
 
 
 class Rejected(msgspec.Struct, frozen=True, array_like=True, tag="s.reject"):
-    """Not admitted: no credit. Come again after `retry_ms`, or go elsewhere."""
+    """Not admitted: no credit. Come again after `retry_ms`, or go elsewhere.
+
+    `forward` is where: above `full_view` nodes a runner sends a shard on to the link of its own
+    that finishes it sooner. The owner assigns it there: there is one writer.
+    """
 
     job: JobId
     shard: Number
     attempt: Number
     retry_ms: Ms
+    forward: Kid | None = None
 
 
 class NeedProgram(msgspec.Struct, frozen=True, array_like=True, tag="s.need"):

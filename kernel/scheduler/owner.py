@@ -154,8 +154,7 @@ class Owner:
         return outcome.status(job, self.me, self._alias, now_ms, brief=brief)
 
     def _alias(self, node: Kid | None) -> str:
-        known = self.geode.node(node) if node is not None else None
-        return known.alias if known is not None else ""
+        return self.peers.alias(node)
 
     # -- who is there -------------------------------------------------------------------------
 
@@ -354,7 +353,7 @@ class Owner:
             node,
             AssignShard(
                 job.job, shard.number, shard.attempt, job.spec, shard.first, shard.last, ir,
-                shard.attempts,
+                shard.attempts, balance.demand(self.geode, job, shard.owed).work_gas, shard.path,
             ),
         )  # fmt: skip
 
@@ -404,14 +403,27 @@ class Owner:
                     drop = DropShard(job.job, shard.number, shard.attempt)
                     return [Send(source, drop), *self._plan(job, now_ms)]
                 return self._plan(job, now_ms)
-            case Rejected(retry_ms=retry_ms):
+            case Rejected(retry_ms=retry_ms, forward=forward):
+                path = (*shard.path, source)
                 self._take_back(job, shard, now_ms)
-                shard.not_before_ms = now_ms + min(retry_ms, 1000.0)
                 shard.attempts -= 1  # a refusal is not a failure
+                if forward is not None:
+                    return self._follow(job, shard, path, forward, now_ms)
+                shard.not_before_ms = now_ms + min(retry_ms, 1000.0)
                 return self._plan(job, now_ms)
             case NeedProgram():
                 self.peers.lacks(source, job.spec.program)
                 return [self._assignment(job, shard)]
+
+    def _follow(
+        self, job: Job, shard: Shard, path: tuple[Kid, ...], forward: Kid, now_ms: float
+    ) -> list[Effect]:
+        """One greedy hop: assign it to the link that its runner thinks better."""
+        demand = balance.demand(self.geode, job, shard.owed)
+        node, shard.path = self.peers.follow(path, forward, demand, now_ms)
+        note = f"sent on by {self._alias(path[-1])}, hop {len(path)}"
+        ranked = self._rank(job, demand, now_ms)
+        return self._give(job, shard, node, demand, ranked, note, now_ms)
 
     def _report(self, job: Job, shard: Shard, report: Report, now_ms: float) -> list[Effect]:
         node = shard.node

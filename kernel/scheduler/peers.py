@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import msgspec
 
 from manifold.kernel.config import SchedulerConfig
-from manifold.kernel.geode.geode import Geode, Ranked
-from manifold.kernel.geode.messages import LoadReport
+from manifold.kernel.geode.geode import Geode, Ranked, refusal
+from manifold.kernel.geode.messages import Demand, LoadReport
 from manifold.vm.kid import Kid
 
 # A node that was silent on a shard is not asked again for so long: well over the silence itself,
@@ -98,6 +98,29 @@ class Peers:
                 if known is not None and known.load is not None:
                     load = msgspec.structs.replace(known.load, credits=1)
                     self._geode.report(node, load, now_ms)
+
+    def alias(self, node: Kid | None) -> str:
+        """Its name for people; "" for nobody, or who has left."""
+        known = self._geode.node(node) if node is not None else None
+        return known.alias if known is not None else ""
+
+    def stalled(self, node: Kid, now_ms: float) -> bool:
+        return self._stalled.get(node, now_ms) > now_ms
+
+    def follow(
+        self, path: tuple[Kid, ...], forward: Kid, wanted: Demand, now_ms: float
+    ) -> tuple[Kid, tuple[Kid, ...]]:
+        """Where a shard goes that the last node of `path` sends on to `forward`, and its path.
+
+        It is only a hint. Where it leads nowhere the shard stays with who gave it, its hops used
+        up: a local optimum costs time, never a task.
+        """
+        hops = self._geode.config.hops
+        node = self._geode.node(forward)
+        lost = forward in path or len(path) > hops or self.stalled(forward, now_ms)
+        if lost or node is None or refusal(node, wanted) is not None:
+            return path[-1], path[-1:] * hops
+        return forward, path
 
     def not_stalled(self, ranked: Sequence[Ranked], now_ms: float) -> Sequence[Ranked]:
         if not self._stalled:

@@ -13,9 +13,10 @@ from typing import Any
 import msgspec
 
 from manifold.kernel.config import SchedulerConfig
-from manifold.kernel.effects import Effect, SetTimer
+from manifold.kernel.effects import Effect, Send, SetTimer
 from manifold.kernel.errors import NotFound
 from manifold.kernel.geode.geode import Geode
+from manifold.kernel.geode.routing import Action
 from manifold.kernel.process.messages import Fault, Result
 from manifold.kernel.scheduler.messages import (
     AssignShard,
@@ -75,10 +76,28 @@ class Scheduler:
         match message:
             case Report() | Shrunk() | Rejected() | NeedProgram():
                 return self._close(self.owner.receive(source, message, now_ms), now_ms)
+            case AssignShard() if self.geode.routes and not self.runner.holds(source, message):
+                sent_on = self._sent_on(source, message, now_ms)
+                effects = sent_on or self.runner.receive(source, message, now_ms)
+                return self._close(effects, now_ms)
             case AssignShard() | Shrink() | DropShard() | ReportAck():
                 return self._close(self.runner.receive(source, message, now_ms), now_ms)
             case _:
                 return []  # an answer to a question nobody asks any more
+
+    def _sent_on(self, owner: Kid, message: AssignShard, now_ms: float) -> list[Effect]:
+        """Above `full_view` nodes: one greedy hop, where a link of ours finishes it sooner."""
+        self.owner.peers.load(self.owner.me, self.runner.load(), now_ms)
+        spec = message.spec
+        wanted = msgspec.structs.replace(
+            spec.demand, work_gas=message.work_gas, program=spec.program
+        )
+        path = (*message.path, self.owner.me)
+        hop = self.geode.next_hop(wanted, now_ms, len(message.path), path)
+        if hop.action is not Action.FORWARD:
+            return []
+        identity = (message.job, message.shard, message.attempt)
+        return [Send(owner, Rejected(*identity, 0.0, hop.to))]
 
     def tick(self, now_ms: float) -> list[Effect]:
         effects: list[Effect] = []

@@ -156,6 +156,11 @@ class Runner:
             case ReportAck():
                 return self._acknowledged(source, message, now_ms)
 
+    def holds(self, owner: Kid, message: AssignShard) -> bool:
+        """Whether this very attempt, or a later one, is here already."""
+        held = self._attempts.get((owner, message.job, message.shard))
+        return held is not None and held.attempt >= message.attempt
+
     def _assigned(self, owner: Kid, message: AssignShard, now_ms: float) -> list[Effect]:
         key = (owner, message.job, message.shard)
         effects: list[Effect] = []
