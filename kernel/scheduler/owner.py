@@ -1,7 +1,7 @@
 """The owner: what a node does for the jobs that were submitted to it. Pure.
 
-Interface rules: clients and runners speak through `receive`; `node_up`, `node_down` and `heard`
-tell who is there. The owner is the only one that assigns blocks of its jobs.
+Interface rules: `submit` and `request` answer clients, `receive` takes what runners say, `node_up`
+and `node_down` tell who is there. The owner is the only one that assigns blocks of its jobs.
 Invariants: O1 a result counts only for the current attempt (ledger L1, L3); O2 work is assigned
 only to nodes that geode's hard filter lets through; O3 jobs, results and retained jobs are bounded
 (shelf.py); O4 an attempt number is drawn once, over all jobs and all processes of this node.
@@ -151,10 +151,7 @@ class Owner:
 
     def status(self, job: Job, now_ms: float, *, brief: bool = False) -> JobStatus:
         """The job as it stands; `brief` leaves results out."""
-        return outcome.status(job, self.me, self._alias, now_ms, brief=brief)
-
-    def _alias(self, node: Kid | None) -> str:
-        return self.peers.alias(node)
+        return outcome.status(job, self.me, self.peers.alias, now_ms, brief=brief)
 
     # -- who is there -------------------------------------------------------------------------
 
@@ -396,7 +393,7 @@ class Owner:
             case Shrunk(last=last):
                 rest = job.shrink(shard, last)
                 if rest is not None:
-                    rest.stolen_from = self._alias(source) or "another node"
+                    rest.stolen_from = self.peers.alias(source) or "another node"
                     rest.avoid = source if shard.shed else None
                 if shard.number not in job.shards:
                     self._left(job, shard, source, now_ms)
@@ -421,7 +418,7 @@ class Owner:
         """One greedy hop: assign it to the link that its runner thinks better."""
         demand = balance.demand(self.geode, job, shard.owed)
         node, shard.path = self.peers.follow(path, forward, demand, now_ms)
-        note = f"sent on by {self._alias(path[-1])}, hop {len(path)}"
+        note = f"sent on by {self.peers.alias(path[-1])}, hop {len(path)}"
         ranked = self._rank(job, demand, now_ms)
         return self._give(job, shard, node, demand, ranked, note, now_ms)
 
@@ -443,7 +440,7 @@ class Owner:
         if ended:
             self._left(job, shard, node, now_ms)
         if report.fault is not None:
-            job.fault = msgspec.structs.replace(report.fault, node=self._alias(node))
+            job.fault = msgspec.structs.replace(report.fault, node=self.peers.alias(node))
             self._event("trapped", job, job.fault.message)
             return effects + self._end(job, "failed", now_ms)
         if report.lost and not ended:
@@ -497,7 +494,7 @@ class Owner:
         job.release(shard)
 
     def _release(self, job: Job, shard: Shard, reason: str, now_ms: float) -> None:
-        node = self._alias(shard.node)
+        node = self.peers.alias(shard.node)
         self._take_back(job, shard, now_ms)
         job.retries += 1
         self._event("retry", job, f"shard {shard.number}: {reason} ({node or 'unknown node'})")
