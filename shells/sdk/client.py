@@ -358,7 +358,7 @@ class Client:
             except ManifoldError as error:
                 self._fail(job, error)
         elif status.fault is not None:
-            self._fail(job, error_of(status.fault))
+            self._fail(job, error_of(status.fault, status))
         else:
             for future in job.futures:
                 if not future.done():

@@ -31,19 +31,23 @@ class Progress:
     elapsed_ms: float
 
 
-def error_of(fault: Fault) -> ManifoldError:
-    """The exception that a fault is raised as at the client, with where it happened."""
+def error_of(fault: Fault, status: JobStatus | None = None) -> ManifoldError:
+    """The exception that a fault is raised as at the client, with where it happened.
+
+    A node knows a program by its KID alone; with `status` the user reads the name they gave.
+    """
+    message = fault.message
+    if status is not None and status.name:
+        message = message.replace(status.program, status.name)
     if fault.code == Trap.code:
-        where = f" (line {fault.line}: {fault.instruction})" if fault.line else ""
-        at = f" at index {fault.index}" if fault.index is not None else ""
         on = f" on {fault.node}" if fault.node else ""
         return Trap(
-            f"{fault.message.rstrip('.')}{where}{at}{on}.", fault.next_step, line=fault.line,
+            f"{message.rstrip('.')}{on}.", fault.next_step, line=fault.line,
             instruction=fault.instruction, cells=fault.cells, index=fault.index,
         )  # fmt: skip
     if fault.code == Exhausted.code:
-        return Exhausted(fault.message, fault.next_step)
-    return to_error(Failure(fault.code, fault.message, fault.next_step))
+        return Exhausted(message, fault.next_step)
+    return to_error(Failure(fault.code, message, fault.next_step))
 
 
 class Future(concurrent.futures.Future[Any]):

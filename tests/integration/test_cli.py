@@ -323,7 +323,8 @@ def test_wrong_arguments_get_the_usage_line(shell: Shell) -> None:
 def test_a_program_that_traps_exits_1_and_says_where(shell: Shell) -> None:
     done = shell("run", TRAP, "--range", "0:1000")
     assert done.returncode == 1
-    assert re.search(r"error: .*\(line \d+: .*\) at index \d+ on \S+", done.stderr), done.stderr
+    place = r"trap\.ent, line 10, DIV: division by zero at index 500 on \w+-\d\d\.$"
+    assert re.search(rf"^error: \S*{place}", done.stderr, re.MULTILINE), done.stderr
     assert "cells: 0: " in done.stderr
     assert shell.error(1, "run", TRAP, "--range", "0:1000")["code"] == "trap"
 
