@@ -139,6 +139,9 @@ class TaskConfig:
     slice_ms: float = _key(5.0, "ms", 1, 1000, "gas between two looks at cancel and shrink")
     grace_ms: float = _key(500.0, "ms", 10, 60_000, "a worker that ignores cancel is killed after")
     timeout: float = _key(0.0, "ms", 0, 3.1536e10, "wall-clock limit of a job; 0 is none")
+    python: str = _key(
+        "on", "", None, None, "whether clients may run Python functions", choices=("on", "off")
+    )
 
 
 # Sixteen nodes in four classes. A worker's share of a host core follows the boards' single-core

@@ -122,6 +122,12 @@ class Core:
     def run_ended(self, slot: int, run: int, fault: Fault | None, now_ms: float) -> list[Effect]:
         return self._close("scheduler", self.scheduler.run_ended(slot, run, fault, now_ms), now_ms)
 
+    def run_moved(self, slot: int, run: int, to: int, now_ms: float) -> list[Effect]:
+        return self._close("scheduler", self.scheduler.run_moved(slot, run, to, now_ms), now_ms)
+
+    def client_gone(self, client: str, now_ms: float) -> list[Effect]:
+        return self._close("scheduler", self.scheduler.client_gone(client, now_ms), now_ms)
+
     def slot_lost(self, slot: int, reason: str, now_ms: float) -> list[Effect]:
         return self._close("scheduler", self.scheduler.slot_lost(slot, reason, now_ms), now_ms)
 

@@ -14,6 +14,7 @@ __all__ = [
     "NoCluster",
     "NotFound",
     "PeerError",
+    "ProcessDied",
     "ProtocolError",
     "Refused",
     "Trap",
@@ -55,6 +56,12 @@ class Maybe(ManifoldError):
 
     code = "maybe"
     exit_code = 5
+
+
+class ProcessDied(ManifoldError):
+    """The process that ran a call ended under it; other calls are not affected."""
+
+    code = "process_died"
 
 
 class NoCluster(ManifoldError):

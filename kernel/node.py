@@ -12,6 +12,8 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
+import shutil
 import socket
 import sys
 from collections.abc import Sequence
@@ -21,11 +23,11 @@ from typing import Any
 
 import msgspec
 
-from manifold.kernel import durable, identity
+from manifold.kernel import durable, identity, places
 from manifold.kernel.config import Config
 from manifold.kernel.core import REQUESTS, Core
 from manifold.kernel.effects import Effect, Notify, Persist, Reply, Send, SetTimer
-from manifold.kernel.errors import ManifoldError, Unavailable
+from manifold.kernel.errors import ManifoldError, Refused, Unavailable
 from manifold.kernel.hyperbus.driver import Bus, Incoming
 from manifold.kernel.hyperbus.faults import to_failure
 from manifold.kernel.hyperbus.messages import CLIENT_PREFIX
@@ -47,9 +49,17 @@ from manifold.kernel.messages import (
     Stop,
 )
 from manifold.kernel.process.channel import Channel, Closed
-from manifold.kernel.process.messages import Compute, Fault, Result, WorkerSpec
+from manifold.kernel.process.messages import (
+    Calls,
+    Compute,
+    Fault,
+    Result,
+    TaskSpec,
+    WorkerSpec,
+)
 from manifold.kernel.process.pool import Pool
 from manifold.kernel.process.remains import answers
+from manifold.kernel.process.taskpool import TaskPool
 from manifold.kernel.scheduler import blocks
 from manifold.kernel.scheduler.messages import (
     AbortRun,
@@ -66,7 +76,8 @@ log = logging.getLogger("manifold.node")
 
 LEAVE_S = 0.3  # after saying goodbye, the time for it to reach others
 LAG_MS_MIN = 50.0  # a timer later than this is worth telling membership
-CLIENT_CHECK_S = 5.0
+CLIENT_CHECK_S = 2.0  # a client's lease: who does not answer at its socket then has lost it
+CLIENT = re.compile(r"C-[0-9a-f]{16}")
 HOLD_S = 0.002  # a submission is answered at the latest after this
 JOB_LOG_S = 0.01  # lines about jobs are written out of the way of the jobs
 
@@ -122,6 +133,9 @@ class Node:
             alias=spec.alias,
         )  # fmt: skip
         self.pool = Pool(spec.zygote, self._worker_spec(), spec.config.tasks.grace_ms, self)
+        self.tasks = TaskPool(
+            spec.zygote, self._task_spec(), spec.cores, spec.config.tasks.grace_ms, self
+        )
         self.calls = SystemCalls(self)
 
     def _me(self) -> Me:
@@ -138,6 +152,15 @@ class Node:
         return WorkerSpec(
             self.spec.alias, 0, tasks.memory, tasks.slice_ms, self.spec.compute,
             self.spec.cgroup, log_path,
+        )  # fmt: skip
+
+    def _task_spec(self) -> TaskSpec:
+        spec = self.spec
+        state, runtime = Path(spec.state_dir), Path(spec.address.removeprefix("ipc://")).parent
+        return TaskSpec(
+            spec.alias, spec.compute, spec.cgroup, spec.memory_bytes,
+            str(state.parent / places.SPOOL),
+            places.environ_of(spec.config.cluster, state.parent, runtime),
         )  # fmt: skip
 
     def now_ms(self) -> float:
@@ -197,6 +220,7 @@ class Node:
         for task in self._tasks:
             task.cancel()
         self.pool.close()
+        self.tasks.close()
         self.bus.close()
 
     def _bug(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -225,6 +249,7 @@ class Node:
 
     def _requested(self, incoming: Incoming) -> None:
         try:
+            self._check_kind(incoming.body)
             answer, effects = self.core.request(incoming.source, incoming.body, self.now_ms())
         except ManifoldError as error:
             if error.code == "not_found" and incoming.source.startswith(CLIENT_PREFIX):
@@ -239,6 +264,14 @@ class Node:
             return
         self.perform(effects)
         self.bus.reply(incoming, answer)
+
+    def _check_kind(self, body: Any) -> None:
+        python = isinstance(body, SubmitJob) and body.spec.kind == "python"
+        if python and self.spec.config.tasks.python == "off":
+            raise Refused(
+                "Python functions are off in this cluster.",
+                "Write a kernel, or set tasks.python: on.",
+            )
 
     def _hold(self, incoming: Incoming, answer: JobStatus) -> None:
         """A job that ends soon is answered once, with its result: half a short task's messages."""
@@ -329,9 +362,15 @@ class Node:
             case StartRun():
                 self._start_run(event)
             case LimitRun(worker=slot, run=run, last=last):
-                self.pool.limit(slot, run, last)
+                if self.tasks.has(run):
+                    self.tasks.limit(run, last)
+                else:
+                    self.pool.limit(slot, run, last)
             case AbortRun(worker=slot, run=run):
-                self.pool.abort(slot, run)
+                if self.tasks.has(run):
+                    self.tasks.abort(run)
+                else:
+                    self.pool.abort(slot, run)
             case MemberChanged(member=member, previous_state=previous):
                 before = previous.name.lower() if previous is not None else "unknown"
                 log.info(
@@ -376,14 +415,34 @@ class Node:
 
     def _start_run(self, start: StartRun) -> None:
         spec = start.spec
+        if spec.kind == "python":
+            self._start_calls(start)
+            return
         self.pool.compute(
             start.worker,
             Compute(
                 start.run, spec.program, start.ir, spec.reduce, spec.arguments, spec.isolate,
                 spec.lo, spec.hi, blocks.block_indices(spec), start.first, start.last,
-                spec.indices[start.first : start.last],
+                spec.indices[start.first : start.last], spec.kind == "wasm", spec.entry,
+                start.parcels,
             ),
         )  # fmt: skip
+
+    def _start_calls(self, start: StartRun) -> None:
+        session = start.spec.session
+        refusal = ""
+        if self.spec.config.tasks.python == "off":
+            refusal = "Python functions are off on this node."
+        elif session is None or len(start.parcels) != start.last - start.first:
+            refusal = "A call came without its session or its arguments."
+        if refusal or session is None:
+            fault = Fault("refused", refusal, "Submit it through the SDK.")
+            self.loop.call_soon(self.run_ended, start.worker, start.run, fault)
+            return
+        calls = Calls(
+            start.run, session, start.spec.program, start.ir, start.parcels, start.first, start.last
+        )
+        self.tasks.compute(start.worker, calls)
 
     def run_blocks(
         self, slot: int, run: int, first: int, results: Sequence[Result], gas: float, busy_ms: float
@@ -396,6 +455,9 @@ class Node:
 
     def run_ended(self, slot: int, run: int, fault: Fault | None) -> None:
         self.perform(self.core.run_ended(slot, run, fault, self.now_ms()))
+
+    def run_moved(self, slot: int, run: int, to: int) -> None:
+        self.perform(self.core.run_moved(slot, run, to, self.now_ms()))
 
     def slot_lost(self, slot: int, reason: str) -> None:
         log.warning("slot %d: %s", slot, reason)
@@ -415,11 +477,21 @@ class Node:
             if answers(Path(address.removeprefix("ipc://") + ".c")):
                 left += 1
                 continue
-            self.bus.forget(client)
+            log.info("client %s is gone without a goodbye", client)
             with contextlib.suppress(OSError):
                 os.unlink(address.removeprefix("ipc://") + ".c")
+            self.client_gone(client)
         if left:
             self.watch_clients()
+
+    def client_gone(self, client: str) -> None:
+        """What it alone waited for ends, and what it left on this host goes."""
+        self.perform(self.core.client_gone(client, self.now_ms()))
+        self.tasks.client_gone(client)
+        self.bus.forget(client)
+        if CLIENT.fullmatch(client):
+            folder = Path(self.tasks.spool) / client
+            self.run(asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True))
 
 
 async def serve(spec: NodeSpec, control: socket.socket, liveness_fd: int, logbook: Logbook) -> int:

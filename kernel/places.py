@@ -28,6 +28,7 @@ from manifold.kernel.limits import (
 )
 from manifold.vm.kid import kid_of
 
+SPOOL = "spool"  # the folder of parcels, beside those of nodes
 HASH_DIGITS = 12  # 48 bits: a million clusters on one host meet with chance 0.2 %
 
 
@@ -57,6 +58,20 @@ def cluster_dir(cluster: str, environ: Mapping[str, str]) -> Path:
 def state_dir(cluster: str, alias: str, environ: Mapping[str, str]) -> Path:
     """The folder of one node's durable records; nothing is made."""
     return cluster_dir(cluster, environ) / _name(alias, "node", ALIAS_CHARS_MAX)
+
+
+def spool_dir(cluster: str, environ: Mapping[str, str]) -> Path:
+    """The folder above those in which clients keep large parcels; nothing is made."""
+    return cluster_dir(cluster, environ) / SPOOL
+
+
+def environ_of(cluster: str, folder: Path, runtime: Path) -> dict[str, str]:
+    """The variables by which a process finds the cluster in `folder`, whose sockets are in
+    `runtime`."""
+    found = {"MANIFOLD_CLUSTER": cluster, "MANIFOLD_STATE_HOME": str(folder.parent)}
+    if runtime_path(cluster, found) != runtime:
+        found["MANIFOLD_RUNTIME_DIR"] = str(runtime.parent)
+    return found
 
 
 def runtime_path(cluster: str, environ: Mapping[str, str]) -> Path:

@@ -78,19 +78,20 @@ class SystemCalls:
                 node.bus.filter.clear()
                 node.bus.reply(incoming, m.Done("every link is whole"))
             case m.Bye():
-                node.bus.forget(incoming.source)
+                node.client_gone(incoming.source)
 
     def info(self) -> m.NodeInfo:
         """This node, as it sees itself."""
         node = self._node
         spec = node.spec
         members = node.core.membership.members()
+        workers = (*node.pool.pids().values(), *node.tasks.every_pid())
         throttle = "cgroup" if spec.cgroup else "pacing" if spec.compute < 1.0 else "none"
         return m.NodeInfo(
             node.identity.kid, spec.alias, spec.node_class, "ready", os.getpid(), node.boot,
             spec.address, spec.cores, spec.compute, spec.memory_bytes, spec.gpu,
             sum(member.state in (State.ALIVE, State.SUSPECT) for member in members),
-            node.now_ms() - node.started_ms, throttle, tuple(node.pool.pids().values()),
+            node.now_ms() - node.started_ms, throttle, workers,
             node.core.scheduler.runner.load(), node.bus.counters["bad"],
         )  # fmt: skip
 
@@ -98,7 +99,7 @@ class SystemCalls:
         """What this node's workers compute, and what waits for one."""
         node = self._node
         runner = node.core.scheduler.runner
-        pids = node.pool.pids()
+        pids = node.pool.pids() | node.tasks.pids()
         now_ms = node.now_ms()
         running = [
             m.Process(

@@ -27,14 +27,14 @@ FLOORS = {"vm": 0, "kernel": 1, "shells": 2, "images": 3, "tools": 3, "": 4}  # 
 ORDER = {
     **dict.fromkeys(("config", "config_units", "config_loader", "config_document"), 1),
     **dict.fromkeys(("effects", "limits", "errors", "durable", "places", "identity"), 1),
-    **dict.fromkeys(("inventory",), 1),
+    **dict.fromkeys(("inventory", "tasks"), 1),
     **dict.fromkeys(("geode", "process"), 2),
     **dict.fromkeys(("scheduler", "nexus", "membership", "memory", "hyperbus", "keg", "mayor"), 3),
     "main": 5,
 }
 SUBSYSTEM, NODE = 3, 4
 # What shells may import of the kernel, beside every messages.py.
-SHELLS_MAY = ("config", "errors", "hyperbus", "places")
+SHELLS_MAY = ("config", "errors", "hyperbus", "places", "tasks")
 
 PURE_FOLDERS = ("geode",)  # pure without a protocol.py; folders with one are found
 # fmt: off

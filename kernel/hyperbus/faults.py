@@ -14,6 +14,7 @@ _BY_CODE: dict[str, type[ManifoldError]] = {
         errors.Unavailable,
         errors.Busy,
         errors.Maybe,
+        errors.ProcessDied,
         errors.NoCluster,
         errors.Refused,
         errors.NotFound,

@@ -1,8 +1,10 @@
-"""What a node and its worker processes say to each other, over a socket pair that nobody else has.
+"""What a node and its own processes say to each other, over a socket pair that nobody else has.
 
-Interface rules: the node sends `Compute`, then at most `Limit` and `Abort` for that run; the worker
-answers with `Blocks` (in order), `Limited` for each `Limit`, and exactly one `Ended`. Messages are
-MessagePack behind a length of four bytes, big-endian.
+Interface rules: a worker computes programs in the sandbox: the node sends `Compute`, then at most
+`Limit` and `Abort` for that run; the worker answers with `Blocks` (in order), `Limited` for each
+`Limit`, and exactly one `Ended`. A task process runs Python functions and answers `Calls` in the
+same way, besides `Lend`; it is not asked to abort, it is ended. Messages are MessagePack behind a
+length of four bytes, big-endian.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from manifold.kernel.tasks.messages import Parcel
 from manifold.vm.kid import Kid
 from manifold.vm.runtime.results import Partial
 
@@ -20,7 +23,12 @@ LENGTH_BYTES = 4
 LOCAL_BYTES_MAX = 256 << 20
 FAULT_CELLS_MAX = 1024  # every cell a program can have
 
+OUTPUT_CHARS_MAX = 128 << 10  # kept of what one call printed, each of stdout and stderr
+PATHS_MAX = 256
+SETUP_BYTES_MAX = 1 << 20
+
 Text = Annotated[str, Meta(max_length=4096)]
+Output = Annotated[str, Meta(max_length=OUTPUT_CHARS_MAX)]
 
 
 class Fault(msgspec.Struct, frozen=True, array_like=True, tag="s.fault"):
@@ -36,7 +44,40 @@ class Fault(msgspec.Struct, frozen=True, array_like=True, tag="s.fault"):
     node: Text = ""
 
 
-Result = Partial | Fault  # of one block; a Fault only in a job whose tasks are isolated
+class Value(msgspec.Struct, frozen=True, array_like=True, tag="s.value"):
+    """What one call left: its result, or (not `ok`) its exception; and what it printed.
+
+    `status` is the exit status of a WASI program, whose `parcel` is empty.
+    """
+
+    parcel: Parcel
+    ok: bool = True
+    busy_ms: float = 0.0
+    stdout: Output = ""
+    stderr: Output = ""
+    status: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return 64 + self.parcel.nbytes + len(self.stdout) + len(self.stderr)
+
+
+# Of one block. A Fault only in a job whose tasks are isolated, a Value of a call or a WASI program.
+Result = Partial | Fault | Value
+
+
+class Session(msgspec.Struct, frozen=True, array_like=True):
+    """Whose calls may share a task process, and what such a process is to look like.
+
+    `folder` and `paths` are the client's working folder and `sys.path`, taken over where they
+    exist; `setup` is a pickled function and its arguments, called once in each process.
+    """
+
+    session: Annotated[str, Meta(pattern=r"^S-[0-9a-f]{16}$")]
+    client: Annotated[str, Meta(pattern=r"^C-[0-9a-f]{16}$")]
+    folder: Text = ""
+    paths: Annotated[tuple[Text, ...], Meta(max_length=PATHS_MAX)] = ()
+    setup: Annotated[bytes, Meta(max_length=SETUP_BYTES_MAX)] = b""
 
 
 class Compute(msgspec.Struct, frozen=True, array_like=True, tag="w.compute"):
@@ -58,6 +99,24 @@ class Compute(msgspec.Struct, frozen=True, array_like=True, tag="w.compute"):
     first: int
     last: int
     indices: tuple[int, ...] = ()
+    wasm: bool = False  # `ir` is a WebAssembly module
+    entry: str = ""  # of its exported functions the one to call
+    commands: tuple[Parcel, ...] = ()  # what a WASI program is given, one for each block
+
+
+class Calls(msgspec.Struct, frozen=True, array_like=True, tag="w.calls"):
+    """Call a Python function for blocks `[first, last)`, with one of `calls` each.
+
+    `code` is an encoded `Parcel`, empty where this process was sent the function before.
+    """
+
+    run: int
+    session: Session
+    function: Kid
+    code: bytes
+    calls: tuple[Parcel, ...]
+    first: int
+    last: int
 
 
 class Limit(msgspec.Struct, frozen=True, array_like=True, tag="w.limit"):
@@ -91,8 +150,16 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, tag="w.ended"):
     fault: Fault | None
 
 
+class Lend(msgspec.Struct, frozen=True, array_like=True, tag="w.lend"):
+    """The call waits for calls of its own: somebody else may have its slot."""
+
+    run: int
+
+
 ToWorker = Compute | Limit | Abort
 ToNode = Blocks | Limited | Ended
+ToTask = Calls | Limit
+FromTask = Blocks | Limited | Ended | Lend
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
@@ -105,3 +172,14 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     share: float  # of a core; enforced by pacing where `cgroup` is empty
     cgroup: str
     log: str
+
+
+class TaskSpec(msgspec.Struct, frozen=True):
+    """What a task process is told when it is forked."""
+
+    alias: str
+    share: float
+    cgroup: str
+    memory_bytes: int  # of data; more is a MemoryError
+    spool: str
+    environ: dict[str, str]  # that connects it to its own cluster

@@ -2,7 +2,8 @@
 nodes and workers on request.
 
 Interface rules: it listens on a SOCK_SEQPACKET Unix socket. One connection is one request: a
-`Fork` with the file descriptors the child is to get; the answer is `Forked`. An entry point is
+`Fork` with the file descriptors the child is to get; the answer is `Forked` and, where the request
+says `watch`, in the end `Exited`. An entry point is
 `module:function(payload: bytes, fds: list[int], liveness_fd: int)`, of a preloaded module.
 Invariants: Z1 single-threaded when it forks; Z2 when the liveness pipe closes (the supervisor is
 gone, however it went) every child is killed and what the cluster has on this host is cleared, then
@@ -30,6 +31,7 @@ from collections.abc import Callable
 import msgspec
 
 from manifold.kernel.errors import Unavailable
+from manifold.kernel.process import speed
 from manifold.kernel.process.remains import Remains, clear
 
 FDS_MAX = 4
@@ -48,13 +50,22 @@ Entry = Callable[[bytes, list[int], int], None]
 class Fork(msgspec.Struct, frozen=True):
     entry: str
     payload: bytes
+    watch: bool = False
 
 
 class Forked(msgspec.Struct, frozen=True):
     pid: int
 
 
-def request_fork(path: str, entry: str, payload: bytes, fds: list[int]) -> socket.socket:
+class Exited(msgspec.Struct, frozen=True):
+    """How a child ended: its exit code, or the negative number of the signal that ended it."""
+
+    code: int
+
+
+def request_fork(
+    path: str, entry: str, payload: bytes, fds: list[int], *, watch: bool = False
+) -> socket.socket:
     """Ask the zygote at `path` for a child; the answer can be read from the returned socket.
 
     Does not block: where too many ask at once it is `Unavailable`.
@@ -63,7 +74,7 @@ def request_fork(path: str, entry: str, payload: bytes, fds: list[int]) -> socke
     connection.setblocking(False)
     try:
         connection.connect(path)
-        message = msgspec.msgpack.encode(Fork(entry, payload))
+        message = msgspec.msgpack.encode(Fork(entry, payload, watch))
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         connection.sendmsg([message], ancillary)
     except OSError as error:
@@ -74,16 +85,27 @@ def request_fork(path: str, entry: str, payload: bytes, fds: list[int]) -> socke
     return connection
 
 
-def read_forked(connection: socket.socket) -> int:
-    """The pid of the child that was asked for on `connection`, which is closed."""
+def read_forked(connection: socket.socket, *, watch: bool = False) -> int:
+    """The pid of the child that was asked for on `connection`, closed unless it is watched."""
+    try:
+        answer = connection.recv(4096)
+    except ConnectionResetError:
+        answer = b""
+    if not (watch and answer):
+        connection.close()
+    if not answer:
+        raise Unavailable("The process that forks workers ended.", "It is being restarted.")
+    return msgspec.msgpack.decode(answer, type=Forked).pid
+
+
+def read_exited(connection: socket.socket) -> int | None:
+    """How the child ended, None where the zygote is gone; `connection` is closed."""
     with connection:
         try:
             answer = connection.recv(4096)
         except ConnectionResetError:
             answer = b""
-    if not answer:
-        raise Unavailable("The process that forks workers ended.", "It is being restarted.")
-    return msgspec.msgpack.decode(answer, type=Forked).pid
+    return msgspec.msgpack.decode(answer, type=Exited).code if answer else None
 
 
 class Zygote:
@@ -92,7 +114,7 @@ class Zygote:
         self._liveness_fd = liveness_fd
         self._remains = remains
         self._pid = os.getpid()
-        self._children: set[int] = set()
+        self._children: dict[int, socket.socket | None] = {}  # who wants to know of their end
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -117,23 +139,26 @@ class Zygote:
     def _answer(self) -> None:
         connection, _ = self._listener.accept()
         fds: list[int] = []
-        with connection:
-            connection.settimeout(ASK_S)  # Z4
-            try:
-                message, fds, _, _ = socket.recv_fds(connection, REQUEST_BYTES_MAX, FDS_MAX)
-                request = msgspec.msgpack.decode(message, type=Fork)
-                pid = self._fork(request, fds, connection)
-                connection.send(msgspec.msgpack.encode(Forked(pid)))
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
-                print(f"zygote: a request was not served: {error}", file=sys.stderr, flush=True)
-            finally:
-                for fd in fds:
-                    os.close(fd)
+        watched = False
+        connection.settimeout(ASK_S)  # Z4
+        try:
+            message, fds, _, _ = socket.recv_fds(connection, REQUEST_BYTES_MAX, FDS_MAX)
+            request = msgspec.msgpack.decode(message, type=Fork)
+            pid = self._fork(request, fds, connection)
+            watched = request.watch
+            self._children[pid] = connection if watched else None
+            connection.send(msgspec.msgpack.encode(Forked(pid)))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
+            print(f"zygote: a request was not served: {error}", file=sys.stderr, flush=True)
+        finally:
+            for fd in fds:
+                os.close(fd)
+            if not watched:
+                connection.close()
 
     def _fork(self, request: Fork, fds: list[int], connection: socket.socket) -> int:
         pid = os.fork()  # Z1
         if pid:
-            self._children.add(pid)
             return pid
         status = 1
         try:
@@ -144,6 +169,9 @@ class Zygote:
             os.close(self._wake_write)
             self._listener.close()
             connection.close()
+            for other in self._children.values():
+                if other is not None:
+                    other.close()
             module, _, function = request.entry.partition(":")
             entry: Entry = getattr(sys.modules[module], function)
             entry(request.payload, fds, self._liveness_fd)
@@ -160,12 +188,20 @@ class Zygote:
     def _reap(self) -> None:
         while True:
             try:
-                pid, _ = os.waitpid(-1, os.WNOHANG)
+                pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
                 return
             if pid == 0:
                 return
-            self._children.discard(pid)
+            self._reaped(pid, status)
+
+    def _reaped(self, pid: int, status: int) -> None:
+        watcher = self._children.pop(pid, None)
+        if watcher is None:
+            return
+        code = os.waitstatus_to_exitcode(status)
+        with watcher, contextlib.suppress(OSError):  # whoever asked is gone
+            watcher.send(msgspec.msgpack.encode(Exited(code)))
 
     def _end(self) -> None:
         """Z2: see every child gone, then take away what the cluster has here."""
@@ -181,8 +217,8 @@ class Zygote:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         while self._children:
-            pid, _ = os.waitpid(-1, 0)
-            self._children.discard(pid)
+            pid, status = os.waitpid(-1, 0)
+            self._reaped(pid, status)
         clear(self._remains)
 
 
@@ -200,6 +236,7 @@ def main(arguments: list[str]) -> None:
     listener = socket.socket(fileno=int(listener_fd))
     for module in modules:
         importlib.import_module(module)
+    speed.gas_per_ms()  # measured once: the children inherit it
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = DESCRIPTORS_MAX if hard == resource.RLIM_INFINITY else min(DESCRIPTORS_MAX, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from manifold.kernel.process.messages import Fault, Result
 from manifold.kernel.scheduler import blocks
 from manifold.kernel.scheduler.messages import JobSpec, State
+from manifold.kernel.tasks.messages import Parcel
 from manifold.vm.kid import Kid
 
 # A shard's speed follows what it reported over about this long: reports come every 50 to 200 ms, so
@@ -105,6 +106,9 @@ class Job:
     starved_since_ms: float = -1.0
     told_done: int = -1
     told_ms: float = 0.0
+    parcels: tuple[Parcel, ...] = ()  # one for each index, or none at all
+    client: str = ""  # with whom it ends, unless it is detached
+    detach: bool = False
 
     def cut(self, first: int, last: int) -> Shard:
         """A new shard over `[first, last)`, pending."""

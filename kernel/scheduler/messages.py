@@ -15,7 +15,8 @@ import msgspec
 from msgspec import Meta
 
 from manifold.kernel.geode.messages import Decision, Demand, LoadReport
-from manifold.kernel.process.messages import Fault, Result
+from manifold.kernel.process.messages import Fault, Result, Session
+from manifold.kernel.tasks.messages import Parcel
 from manifold.vm.kid import Kid
 
 PROGRAM_BYTES_MAX = 8 << 20  # 64 Ki instructions, at most 128 bytes each with its source line
@@ -24,6 +25,8 @@ INDICES_EXPLICIT_MAX = 65_536  # tasks in one batch; the list is at most 576 KiB
 REPORTS_MAX = 4096
 RESULTS_PER_REPORT_MAX = 65_536
 BLOCK_MAX = 1 << 17
+# Inline parcels of one job: the message that carries them all stays under a quarter of the largest.
+PARCELS_BYTES_MAX = 16 << 20
 HOPS_MAX = 64  # the largest `geode.hops` that a configuration may have
 # An attempt's number is the boot of its owner and a count. They share 62 bits: 2^40 attempts are 3
 # years at 10 000 a second, and after 2^22 boots nobody remembers the first.
@@ -38,12 +41,17 @@ Ms = Annotated[float, Meta(ge=0, le=1e15)]
 Gas = Annotated[float, Meta(ge=0, le=1e24)]
 Text = Annotated[str, Meta(max_length=4096)]
 Reduction = Literal["sum", "min", "max", "count", "collect"]
+Kind = Literal["entangle", "python", "wasm"]
+Parcels = Annotated[tuple[Parcel, ...], Meta(max_length=INDICES_EXPLICIT_MAX)]
 
 
 class JobSpec(msgspec.Struct, frozen=True, array_like=True):
     """What to run: `program` over `[lo, hi)`, or over `indices` where those are given.
 
     `isolate`: each index is a task of its own, with its own result or fault. `timeout_ms` 0: none.
+    `serial`: one after another, in one place. Of kind `python`, the program is a function and each
+    index a call of it in a task process of `session`; of kind `wasm` it is a WebAssembly module,
+    of which `entry` is called, or a WASI program, run once for each index.
     """
 
     program: Kid
@@ -56,6 +64,10 @@ class JobSpec(msgspec.Struct, frozen=True, array_like=True):
     timeout_ms: Ms = 0.0
     name: Text = ""
     demand: Demand = Demand()
+    kind: Kind = "entangle"
+    serial: bool = False
+    entry: Text = ""
+    session: Session | None = None
 
 
 # -- client and owner ---------------------------------------------------------------------------
@@ -68,6 +80,8 @@ class SubmitJob(msgspec.Struct, frozen=True, array_like=True, tag="s.submit"):
     spec: JobSpec
     ir: Annotated[bytes, Meta(max_length=PROGRAM_BYTES_MAX)]
     watch: bool = True  # push `JobStatus` to the submitter on progress and at the end
+    parcels: Parcels = ()  # arguments of calls and programs, one for each index
+    detach: bool = False  # it goes on when the submitter has gone
 
 
 State = Literal["running", "done", "failed", "cancelled"]
@@ -166,6 +180,7 @@ class AssignShard(msgspec.Struct, frozen=True, array_like=True, tag="s.assign"):
     tries: Number = 1
     work_gas: Gas = 0.0  # predicted, of all its blocks
     path: Annotated[tuple[Kid, ...], Meta(max_length=HOPS_MAX)] = ()  # who sent it on
+    parcels: Parcels = ()  # of its blocks, where the job has them
 
 
 class Shrink(msgspec.Struct, frozen=True, array_like=True, tag="s.shrink"):
@@ -282,6 +297,7 @@ class StartRun:
     ir: bytes
     first: int
     last: int
+    parcels: tuple[Parcel, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
-from manifold.kernel.process.messages import Result
+from manifold.kernel.process.messages import Fault, Result
 from manifold.kernel.scheduler import blocks
 from manifold.kernel.scheduler.ledger import Job
 from manifold.kernel.scheduler.messages import JobStatus, ShardStatus
+from manifold.kernel.tasks.messages import Parcel
 from manifold.vm.kid import Kid
 from manifold.vm.runtime.results import Partial, merge
 
@@ -19,7 +20,12 @@ PART_BYTES_MAX = 768 << 10  # of one fetched part: under a frame with its overhe
 
 def nbytes(results: Sequence[Result]) -> int:
     """About how many bytes results take, in memory and on the wire."""
-    return sum(r.nbytes if isinstance(r, Partial) else 512 for r in results)
+    return sum(512 if isinstance(r, Fault) else r.nbytes for r in results)
+
+
+def parcels_nbytes(parcels: Sequence[Parcel]) -> int:
+    """The same of arguments."""
+    return sum(parcel.nbytes for parcel in parcels)
 
 
 def reduce(job: Job) -> None:

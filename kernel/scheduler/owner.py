@@ -17,16 +17,15 @@ import msgspec
 
 from manifold.kernel.config import SchedulerConfig
 from manifold.kernel.effects import Effect, Notify, Send
-from manifold.kernel.errors import Busy, ManifoldError, NotFound, Refused, Unavailable
+from manifold.kernel.errors import Busy, ManifoldError, NotFound, Unavailable
 from manifold.kernel.geode.geode import Geode, Ranked
 from manifold.kernel.geode.messages import Demand
 from manifold.kernel.process.messages import Fault
-from manifold.kernel.scheduler import balance, blocks, outcome
+from manifold.kernel.scheduler import admission, balance, blocks, outcome
 from manifold.kernel.scheduler.ledger import Job, Shard
 from manifold.kernel.scheduler.messages import (
     ATTEMPT_BITS,
     BOOT_MASK,
-    INDICES_EXPLICIT_MAX,
     AssignShard,
     DropShard,
     FetchResult,
@@ -48,7 +47,7 @@ from manifold.kernel.scheduler.messages import (
 )
 from manifold.kernel.scheduler.peers import Peers
 from manifold.kernel.scheduler.shelf import Shelf
-from manifold.vm.kid import Kid, kid_of
+from manifold.vm.kid import Kid
 
 TICK_MS = 50.0  # while jobs run: half the time in which a stall is noticed by a person
 RESEND_MS = 400.0  # an assignment or shrink nobody answered is sent again
@@ -86,10 +85,13 @@ class Owner:
             if message.watch and job.state == "running":
                 self._watch(job, client)
             return self.status(job, now_ms), []
-        self._admit(message)
+        admission.check(message, len(self.jobs), self.config)
         self.peers.relent(now_ms)
         count = blocks.count(message.spec)
-        job = Job(message.job, message.spec, message.ir, now_ms, count, [None] * count)
+        job = Job(
+            message.job, message.spec, message.ir, now_ms, count, [None] * count,
+            parcels=message.parcels, client=client, detach=message.detach,
+        )  # fmt: skip
         if message.watch and client:
             self._watch(job, client)
         demand = balance.demand(self.geode, job, 1)
@@ -98,27 +100,13 @@ class Owner:
                 f"No node may run this job: {balance.reasons(self.geode, demand, now_ms)}.",
                 "Ask for less, or add such a node.",
             )
+        if not self.shelf.grow(job, outcome.parcels_nbytes(message.parcels)):
+            self.shelf.held_bytes -= job.held_bytes
+            raise Busy("This node holds too many arguments and results.", "Come again.")
         self.jobs[job.job] = job
         self._event("submitted", job, f"{blocks.total(job.spec)} indices in {count} blocks")
         effects = self._begin(job, now_ms)
         return self.status(job, now_ms), effects
-
-    def _admit(self, message: SubmitJob) -> None:
-        spec = message.spec
-        if len(self.jobs) >= self.config.jobs:
-            raise Busy(
-                f"This node owns {len(self.jobs)} jobs already.", "Come again.", retry_ms=1000
-            )
-        if spec.hi < spec.lo:
-            raise Refused(f"The range {spec.lo}:{spec.hi} ends before it starts.", "Swap its ends.")
-        if spec.indices and not spec.isolate:
-            raise Refused("Explicit indices are tasks of their own.", "Set isolate.")
-        if spec.isolate and blocks.total(spec) > INDICES_EXPLICIT_MAX:
-            raise Refused(
-                f"A batch holds at most {INDICES_EXPLICIT_MAX} tasks.", "Submit several batches."
-            )
-        if kid_of(message.ir) != spec.program:
-            raise Refused("The program does not have the KID it claims.", "Submit it again.")
 
     def _find(self, name: str) -> Job | None:
         return self.jobs.get(name) or self.shelf.jobs.get(name)
@@ -168,12 +156,20 @@ class Owner:
                 self._release(job, shard, "its node died", now_ms)
         return self.pump(now_ms)
 
+    def client_gone(self, client: str, now_ms: float) -> list[Effect]:
+        """A client has left, or its lease has: what it alone waited for ends."""
+        effects: list[Effect] = []
+        for job in [j for j in self.jobs.values() if j.client == client and not j.detach]:
+            effects += self._end(job, "cancelled", now_ms)
+        return effects
+
     # -- planning -----------------------------------------------------------------------------
 
     def _begin(self, job: Job, now_ms: float) -> list[Effect]:
         if not job.blocks:
             return self._end(job, "done", now_ms)
-        if job.blocks > 1 and balance.gas_per_block(self.geode, job) is None:
+        spread = job.blocks > 1 and not job.spec.serial
+        if spread and balance.gas_per_block(self.geode, job) is None:
             probe = job.cut(0, 1)
             job.cut(1, job.blocks)
             job.probing_until_ms = now_ms + self.config.grain_ms
@@ -220,7 +216,8 @@ class Owner:
             shard = job.shards.get(number)
             if shard is None or shard.not_before_ms > now_ms:
                 continue
-            if shard.attempts == 0 and shard.owed > 1 and not shard.stolen_from:
+            whole = shard.attempts == 0 and not shard.stolen_from and not job.spec.serial
+            if whole and shard.owed > 1:
                 effects += self._spread(job, shard, now_ms)
             else:
                 effects += self._place_one(job, shard, now_ms)
@@ -351,12 +348,15 @@ class Owner:
             AssignShard(
                 job.job, shard.number, shard.attempt, job.spec, shard.first, shard.last, ir,
                 shard.attempts, balance.demand(self.geode, job, shard.owed).work_gas, shard.path,
+                job.parcels[shard.first : shard.last],
             ),
         )  # fmt: skip
 
     def _rebalance(self, job: Job, now_ms: float) -> list[Effect]:
         """Lazy splitting: shrink the largest remainders for the sake of idle slots."""
-        if job.state != "running" or all(shard.owed < 2 for shard in job.shards.values()):
+        if job.state != "running" or job.spec.serial:
+            return []
+        if all(shard.owed < 2 for shard in job.shards.values()):
             return []
         ranked = self._rank(job, balance.demand(self.geode, job, 1), now_ms)
         busy = self.peers.busy(now_ms)
@@ -520,6 +520,7 @@ class Owner:
                 job.fault = Fault(error.code, error.message, error.next_step)
         if job.state != "done":
             job.results = []
+        job.parcels = ()
         self.jobs.pop(job.job, None)
         self._waiting.pop(job.job, None)
         self.shelf.put(job)

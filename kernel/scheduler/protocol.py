@@ -156,6 +156,12 @@ class Scheduler:
     def run_ended(self, slot: int, run: int, fault: Fault | None, now_ms: float) -> list[Effect]:
         return self._close(self.runner.run_ended(slot, run, fault, now_ms), now_ms)
 
+    def run_moved(self, slot: int, run: int, to: int, now_ms: float) -> list[Effect]:
+        return self._close(self.runner.run_moved(slot, run, to, now_ms), now_ms)
+
+    def client_gone(self, client: str, now_ms: float) -> list[Effect]:
+        return self._close(self.owner.client_gone(client, now_ms), now_ms)
+
     def slot_lost(self, slot: int, reason: str, now_ms: float) -> list[Effect]:
         return self._close(self.runner.slot_lost(slot, reason, now_ms), now_ms)
 

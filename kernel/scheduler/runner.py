@@ -42,8 +42,8 @@ from manifold.kernel.scheduler.messages import (
     Shrunk,
     StartRun,
 )
+from manifold.kernel.tasks.messages import Parcel
 from manifold.vm.kid import Kid, kid_of
-from manifold.vm.runtime.results import Partial
 
 ATTEMPTS_MAX = 4096  # held at once; each is under 1 KiB without its results
 OVER_MAX = 4096  # attempts that are over, remembered; 300 bytes each
@@ -101,10 +101,16 @@ class Attempt:
     unsent_bytes: int = 0  # of results, about
     flying_bytes: int = 0  # of results sent and not acknowledged
     queued_gas: float = 0.0  # its part of `Runner._queued_gas`
+    parcels: tuple[Parcel, ...] = ()  # of the blocks from `first`
+    first: int = 0
 
     @property
     def key(self) -> Key:
         return self.owner, self.job, self.shard
+
+    @property
+    def owed_parcels(self) -> tuple[Parcel, ...]:
+        return self.parcels[self.next - self.first : self.last - self.first]
 
     @property
     def ended(self) -> bool:
@@ -112,7 +118,7 @@ class Attempt:
 
 
 def _size(result: Result) -> int:
-    return result.nbytes if isinstance(result, Partial) else 256 + 16 * len(result.cells)
+    return 256 + 16 * len(result.cells) if isinstance(result, Fault) else result.nbytes
 
 
 class Runner:
@@ -182,6 +188,7 @@ class Runner:
         attempt = Attempt(
             owner, *identity, message.spec, ir, message.last,
             message.first, message.first, message.first, now_ms, now_ms, tries=message.tries,
+            parcels=message.parcels, first=message.first,
         )  # fmt: skip
         known = self._gas_per_index.get(message.spec.program)
         if known is not None:
@@ -204,11 +211,14 @@ class Runner:
         """Attempts that would still be admitted: free slots and a short backlog each."""
         if self.cordoned:
             return 0
-        free = self.slots - len(self._running)
+        free = self._free()
         if len(self._waiting) >= 2 * self.slots and self._backlog_ms() > self.config.backlog_ms:
             return max(0, free)
         room = free + self.config.queue - len(self._waiting)
         return max(0, min(ATTEMPTS_MAX - len(self._attempts), room))  # R3
+
+    def _free(self) -> int:
+        return self.slots - sum(slot < self.slots for slot in self._running)
 
     def _backlog_ms(self) -> float:
         """How long the slots will take for all that is here."""
@@ -321,13 +331,11 @@ class Runner:
             attempt.yielding = False
             self._next_run += 1
             self._running[slot] = attempt
-            effects.append(
-                Notify(
-                    StartRun(
-                        slot, attempt.run, attempt.spec, attempt.ir, attempt.next, attempt.last
-                    )
-                )
-            )
+            start = StartRun(
+                slot, attempt.run, attempt.spec, attempt.ir, attempt.next, attempt.last,
+                attempt.owed_parcels,
+            )  # fmt: skip
+            effects.append(Notify(start))
         return effects
 
     def _run(self, slot: int, run: int) -> Attempt | None:
@@ -400,6 +408,17 @@ class Runner:
         answer = Shrunk(attempt.job, attempt.shard, attempt.attempt, attempt.last)
         return Send(attempt.owner, answer)
 
+    def run_moved(self, slot: int, run: int, to: int, now_ms: float) -> list[Effect]:
+        """R1 holds for slots beyond ours too: there a call waits for calls of its own."""
+        attempt = self._run(slot, run)
+        if attempt is None:
+            return []
+        assert to >= self.slots and to not in self._running, "R1"
+        del self._running[slot]
+        attempt.slot = to
+        self._running[to] = attempt
+        return self._fill(now_ms)
+
     def run_ended(self, slot: int, run: int, fault: Fault | None, now_ms: float) -> list[Effect]:
         """The run is over: at its limit, or with the program's fault."""
         attempt = self._run(slot, run)
@@ -439,7 +458,7 @@ class Runner:
         return LoadReport(
             queued_gas=max(0.0, self._queued_gas),
             slots=self.slots,
-            free_slots=max(0, self.slots - len(self._running) - len(self._waiting)),
+            free_slots=max(0, self._free() - len(self._waiting)),
             credits=self.credits(),
             free_memory_bytes=self.free_memory_bytes,
             gas_per_s=self.gas_per_s,

@@ -1,18 +1,16 @@
 """The client: submit work to a cluster, ask about it, wait for it.
 
-Interface rules: blocking methods may be called from any thread; what starts with an underscore and
-is a coroutine runs on the connection's thread. A job's id is its idempotency token: where the node
-that owns it is lost, the client attaches to another and submits it again under the same id, which
-gives the same result since programs have no effects beyond it.
+Interface rules: blocking methods may be called from any thread; what starts with an underscore runs
+on the connection's thread. What a client has submitted ends with it, unless it was detached.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
+import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -20,37 +18,33 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from manifold.kernel import messages as m
-from manifold.kernel.errors import ManifoldError, Maybe, NoCluster, NotFound, Unavailable
+from manifold.kernel import places
+from manifold.kernel.errors import ManifoldError
 from manifold.kernel.geode.messages import Decision, Demand
+from manifold.kernel.process.messages import Value
 from manifold.kernel.scheduler.messages import (
     INDICES_EXPLICIT_MAX,
-    FetchResult,
     JobSpec,
     JobStatus,
     KillJob,
     Reduction,
-    ResultPart,
-    SubmitJob,
     WatchJob,
     WhyAnswer,
     WhyTask,
 )
 from manifold.shells.sdk.connection import Connection
-from manifold.shells.sdk.future import Future, JobFailed, error_of
+from manifold.shells.sdk.future import Future, cancel_here, error_of, settle
+from manifold.shells.sdk.jobs import Awaited, Job, Jobs
+from manifold.shells.sdk.progress import PROGRESS_S, Shown, is_program, shown
 from manifold.vm.kid import Kid
 from manifold.vm.runtime.results import Partial, finish
 
 if TYPE_CHECKING:
+    from manifold.shells.sdk.calls import Calls
     from manifold.shells.sdk.programs import Source
     from manifold.vm.syntax import Program
 
-CHECK_S = 1.0  # a job of which nothing was heard for so long is asked about
-ASK_TIMEOUT_MS = 1500.0
-RESUBMITS_MAX = 20
-LOST_S = 5.0  # with no node that answers: a supervisor starts a node again within a second
-REATTACH_S = 0.25
 TASKS_PER_BATCH_MAX = 4096
-FETCHES = 4  # parts of a large result asked for at once
 
 Number = int | float
 
@@ -61,55 +55,28 @@ def _program_of(source: Source) -> Program:
     return program_of(source)
 
 
-def new_job() -> str:
-    """A job id nobody else has: 64 random bits."""
-    return "J-" + os.urandom(8).hex()
-
-
-class _Job:
-    """One submitted job on the connection's thread."""
-
-    __slots__ = (
-        "answer",
-        "finished",
-        "futures",
-        "heard_s",
-        "ir",
-        "lost_s",
-        "resubmits",
-        "spec",
-        "task",
-    )
-
-    def __init__(self, spec: JobSpec, ir: bytes, futures: list[Future]) -> None:
-        self.spec = spec
-        self.ir = ir
-        self.futures = futures
-        self.answer: asyncio.Future[Any] | None = None  # to the submission, once it was sent
-        self.heard_s = 0.0
-        self.lost_s = 0.0
-        self.resubmits = 0
-        self.finished = asyncio.Event()
-        self.task: asyncio.Task[None] | None = None
-
-
 class Client:
     """Attached to one node of a cluster. Use as a context manager, or `close` it.
 
     >>> with manifold.connect() as m:
     ...     m.parallel_for("examples/collatz.ent", 1, 1_000_000, reduce="sum")
+    ...     m.map(str.upper, ["any", "function"])
     """
 
     def __init__(
         self, cluster: str = "", *, node: str = "", environ: Mapping[str, str] | None = None
     ) -> None:
-        environ = os.environ if environ is None else environ
-        self.cluster = cluster or environ.get("MANIFOLD_CLUSTER", "") or "default"
-        self._jobs: dict[str, _Job] = {}
+        self.environ = os.environ if environ is None else environ
+        self.cluster = cluster or self.environ.get("MANIFOLD_CLUSTER", "") or "default"
         self._pending: deque[tuple[Program, int, tuple[Number, ...], Future]] = deque()
         self._pending_lock = threading.Lock()
-        self._connection = Connection(self.cluster, environ, self._pushed, node)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._calls: Calls | None = None
+        self._folder: Path | None = None
+        self.connection = Connection(self.cluster, self.environ, self._pushed, node)
+        self.jobs_of = Jobs(self.connection)
+
+    def _pushed(self, message: Any) -> None:
+        self.jobs_of.pushed(message)
 
     def __enter__(self) -> Client:
         return self
@@ -123,19 +90,28 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Leave the cluster; jobs that were not waited for go on there."""
-        for job in list(self._jobs.values()):
-            if job.task is not None:
-                self._connection.loop.call_soon_threadsafe(job.task.cancel)
-        self._connection.close()
+        """Leave the cluster; what it computes for us alone ends, what was detached goes on."""
+        if not self.connection.closed:
+            self.connection.loop.call_soon_threadsafe(self.jobs_of.stop)
+        self.connection.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
     def node(self) -> str:
         """The alias of the node we are attached to."""
-        attached = self._connection.attached
+        attached = self.connection.attached
         return attached.alias if attached is not None else ""
 
-    # -- work ---------------------------------------------------------------------------------
+    def folder(self) -> str:
+        """Where large arguments and results lie for us alone."""
+        if self._folder is None:
+            path = places.spool_dir(self.cluster, self.environ) / self.connection.identity
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._folder = path
+        return str(self._folder)
+
+    # -- programs over ranges -----------------------------------------------------------------
 
     def job(
         self,
@@ -149,10 +125,12 @@ class Client:
         demand: Demand | None = None,
         name: str = "",
         job: str = "",
+        detach: bool = False,
     ) -> Future:
         """Start `program` over the half-open range `[lo, hi)`; returns at once.
 
-        `arguments` go to the cells after the index. `job` resubmits under an id of yours.
+        `arguments` go to the cells after the index. `job` resubmits under an id of yours. What is
+        `detach`ed goes on when this client has left.
         """
         loaded = _program_of(program)
         spec = JobSpec(
@@ -160,10 +138,10 @@ class Client:
             name or (str(program)[:100] if isinstance(program, str | Path) else ""),
             demand or Demand(),
         )  # fmt: skip
-        identity = job or new_job()
-        future = Future(identity, self._kill_soon)
-        entry = _Job(spec, loaded.ir, [future])
-        self._connection.loop.call_soon_threadsafe(self._start, identity, entry)
+        future = Future("", self)
+        entry = Job(spec, loaded.ir, _Whole(spec, future), job=job, detach=detach)
+        future.job = entry.job
+        self.connection.loop.call_soon_threadsafe(self.jobs_of.start, entry)
         return future
 
     def parallel_for(
@@ -175,12 +153,13 @@ class Client:
         reduce: Reduction = "collect",
         arguments: Sequence[Number] = (),
         timeout_s: float | None = None,
-        progress: Callable[[Future], None] | None = None,
+        progress: Shown = None,
     ) -> Any:
         """Run `program` over `[lo, hi)` and return the reduced result.
 
         `sum`, `min`, `max` and `count` give a number, `collect` a list with an entry per index.
-        Ctrl-C cancels the job. `progress` is called with the future about five times a second.
+        Ctrl-C cancels the job. `progress=True` draws a bar on a terminal; a function is called
+        with the future about five times a second.
         """
         timeout_ms = (timeout_s or 0.0) * 1000
         future = self.job(
@@ -188,14 +167,16 @@ class Client:
         )
         return self.wait(future, progress)
 
-    def wait(self, future: Future, progress: Callable[[Future], None] | None = None) -> Any:
+    def wait(self, future: Future, progress: Shown = None) -> Any:
         """The future's result; a `KeyboardInterrupt` cancels its job."""
         try:
-            while progress is not None and not future.done():
-                try:
-                    return future.result(0.2)
-                except TimeoutError:
-                    progress(future)
+            with shown(progress) as show:
+                while show is not None and not future.done():
+                    try:
+                        return future.result(PROGRESS_S)
+                    except TimeoutError:
+                        if not future.done():
+                            show(future)
             return future.result()
         except KeyboardInterrupt:
             self._kill_now(future)
@@ -208,18 +189,83 @@ class Client:
         except ManifoldError:
             return  # it has ended, or its owner has
         finally:
-            concurrent_cancel(future)
+            cancel_here(future)
 
-    def submit(self, program: Source, index: int, *arguments: Number) -> Future:
-        """One task: `program` for one index. Many at once travel together, each with its own
-        result or fault."""
+    # -- functions ----------------------------------------------------------------------------
+
+    def calls(
+        self,
+        *,
+        workers: int = 0,
+        initializer: Callable[..., Any] | None = None,
+        initargs: Sequence[Any] = (),
+        demand: Demand | None = None,
+    ) -> Calls:
+        """A queue of calls with task processes of its own: what is beneath `Executor`."""
+        from manifold.shells.sdk.calls import Calls
+
+        return Calls(
+            self, workers=workers, initializer=initializer, initargs=initargs, demand=demand
+        )
+
+    def own_calls(self) -> Calls:
+        """Those of `submit`, `map` and `reduce`: their futures can be cancelled while they run."""
+        from manifold.shells.sdk.calls import Calls
+
+        if self._calls is None:
+            self._calls = Calls(self, lenient=True)
+        return self._calls
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future:
+        """Call `function` somewhere on the cluster: a Python function, or a program for one index.
+
+        Many at once travel together, each with its own result or exception.
+        """
+        if is_program(function):
+            return self._submit_index(function, *args, **kwargs)
+        return self.own_calls().submit(function, args, kwargs)
+
+    def map(
+        self,
+        function: Any,
+        *iterables: Iterable[Any],
+        chunksize: int = 0,
+        timeout_s: float | None = None,
+        progress: Shown = None,
+    ) -> list[Any]:
+        """The results of `function` for each element (or one of each iterable), in order.
+
+        Calls travel in chunks of `chunksize`, which is chosen where it is 0. The first exception is
+        raised, and what was not begun is cancelled; so it is after `timeout_s`, and on Ctrl-C.
+        """
+        from manifold.shells.sdk.mapping import mapped
+
+        return mapped(self, function, iterables, chunksize, timeout_s, progress)
+
+    def reduce(
+        self,
+        function: Callable[[Any, Any], Any],
+        items: Iterable[Any],
+        *,
+        chunksize: int = 0,
+        timeout_s: float | None = None,
+        progress: Shown = None,
+    ) -> Any:
+        """`functools.reduce` in parallel: `function` has to be associative, `items` not empty."""
+        from manifold.shells.sdk.mapping import reduced
+
+        return reduced(self, function, items, chunksize, timeout_s, progress)
+
+    # -- programs for single indices ----------------------------------------------------------
+
+    def _submit_index(self, program: Source, index: int, *arguments: Number) -> Future:
         loaded = _program_of(program)
-        future = Future("", self._kill_soon)
+        future = Future("", self)
         with self._pending_lock:
             first = not self._pending
             self._pending.append((loaded, index, arguments, future))
         if first:
-            self._connection.loop.call_soon_threadsafe(self._flush_tasks)
+            self.connection.loop.call_soon_threadsafe(self._flush_tasks)
         return future
 
     def _flush_tasks(self) -> None:
@@ -239,187 +285,28 @@ class Client:
     def _start_batch(
         self, program: Program, arguments: tuple[Number, ...], batch: list[tuple[int, Future]]
     ) -> None:
-        identity = new_job()
-        futures = [future for _, future in batch]
-        for future in futures:
-            future.job = identity
         indices = tuple(index for index, _ in batch)
+        futures = [future for _, future in batch]
         spec = JobSpec(
             program.kid, 0, len(batch), "collect", arguments, True, indices, 0.0, "tasks"
         )
-        self._start(identity, _Job(spec, program.ir, futures))
-
-    def _start(self, identity: str, job: _Job) -> None:
-        self._jobs[identity] = job
-        submission = SubmitJob(identity, job.spec, job.ir)
-        job.answer = self._connection.ask_now(submission, ASK_TIMEOUT_MS)
-        job.task = self._connection.loop.create_task(self._shepherd(identity, job))
-
-    # -- one job, on the connection's thread --------------------------------------------------
-
-    async def _shepherd(self, identity: str, job: _Job) -> None:
-        """See a job through: submit it, watch it, fetch its result, resubmit where it is lost."""
-        loop = self._connection.loop
-        try:
-            await self._submit(identity, job)
-            while not job.finished.is_set():
-                try:
-                    async with asyncio.timeout(CHECK_S):
-                        await job.finished.wait()
-                except TimeoutError:
-                    if loop.time() - job.heard_s >= CHECK_S:
-                        await self._ask(identity, job)
-        except ManifoldError as error:
-            self._fail(job, error)
-        except asyncio.CancelledError:
-            self._fail(job, Unavailable("The client was closed before the job ended."))
-            raise
-        finally:
-            self._jobs.pop(identity, None)
-
-    async def _submit(self, identity: str, job: _Job) -> None:
-        message = SubmitJob(identity, job.spec, job.ir)
-        while True:
-            answer, job.answer = job.answer, None
-            try:
-                status = await (answer or self._connection.request(message, ASK_TIMEOUT_MS))
-            except ManifoldError as error:
-                if error.code not in ("maybe", "unavailable", "no_cluster") or (
-                    error.code == "unavailable" and await self._connection.lives()
-                ):
-                    raise
-                await self._elsewhere(job, error)
-                continue
-            job.heard_s = self._connection.loop.time()
-            await self._heard(identity, job, status)
-            return
-
-    async def _elsewhere(self, job: _Job, error: ManifoldError) -> None:
-        """Our node does not answer: attach to another, unless it lives after all."""
-        job.resubmits += 1
-        if job.resubmits > RESUBMITS_MAX:
-            raise error
-        if await self._connection.lives():
-            return
-        attached = self._connection.attached
-        try:
-            await self._connection.attach(attached.address if attached is not None else "")
-        except NoCluster as gone:
-            now_s = self._connection.loop.time()
-            job.lost_s = job.lost_s or now_s
-            if now_s - job.lost_s > LOST_S:
-                raise Maybe(
-                    "No node of the cluster answers any more; what became of the job is not known.",
-                    "`manifold status` says whether it is back; a job may be run again.",
-                ) from gone
-            await asyncio.sleep(REATTACH_S)
-        else:
-            job.lost_s = 0.0
-
-    async def _ask(self, identity: str, job: _Job) -> None:
-        try:
-            status = await self._connection.request(WatchJob(identity), ASK_TIMEOUT_MS)
-        except NotFound:
-            job.resubmits += 1
-            if job.resubmits > RESUBMITS_MAX:
-                raise
-            await self._submit(identity, job)  # its owner is gone, and the job with it
-        except ManifoldError as error:
-            if error.code == "not_found":
-                await self._submit(identity, job)
-                return
-            await self._elsewhere(job, error)
-        else:
-            job.heard_s = self._connection.loop.time()
-            await self._heard(identity, job, status)
-
-    def _pushed(self, message: Any) -> None:
-        if not isinstance(message, JobStatus):
-            return
-        job = self._jobs.get(message.job)
-        if job is None:
-            return
-        job.heard_s = self._connection.loop.time()
-        task = self._connection.loop.create_task(self._heard(message.job, job, message))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _heard(self, identity: str, job: _Job, status: JobStatus) -> None:
-        for future in job.futures:
-            future.status = status
-        if status.state == "running" or job.finished.is_set():
-            return
-        if status.state == "done":
-            try:
-                results = status.results
-                if results is None:
-                    results = await self._fetch(identity, status.parts)
-                self._complete(job, status, results)
-            except ManifoldError as error:
-                self._fail(job, error)
-        elif status.fault is not None:
-            self._fail(job, error_of(status.fault, status))
-        else:
-            for future in job.futures:
-                if not future.done():
-                    concurrent_cancel(future)
-        job.finished.set()
-
-    async def _fetch(self, identity: str, parts: int) -> tuple[Any, ...]:
-        found: list[Any] = []
-        while len(found) < parts:
-            part = await self._connection.request(FetchResult(identity, len(found)))
-            if not isinstance(part, ResultPart) or not part.results:
-                raise JobFailed("The result is not held any more.", "Run the job again.")
-            found += part.results
-        return tuple(found)
-
-    def _complete(self, job: _Job, status: JobStatus, results: Sequence[Any]) -> None:
-        if job.spec.isolate:
-            for index, future, result in zip(job.spec.indices, job.futures, results, strict=True):
-                if future.done():
-                    continue
-                if isinstance(result, Partial):
-                    entries = finish("collect", result, index, index + 1)
-                    assert isinstance(entries, list)
-                    future.set_result(_one(result, entries))
-                else:
-                    future.set_exception(error_of(result))
-            return
-        value = _value(job.spec, status.block, results)
-        for future in job.futures:
-            if not future.done():
-                future.set_result(value)
-
-    def _fail(self, job: _Job, error: ManifoldError) -> None:
-        for future in job.futures:
-            if not future.done():
-                future.set_exception(error)
-        job.finished.set()
-
-    def _kill_soon(self, identity: str) -> None:
-        def send() -> None:
-            task = self._connection.loop.create_task(self._kill_quietly(identity))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-        self._connection.loop.call_soon_threadsafe(send)
-
-    async def _kill_quietly(self, identity: str) -> None:
-        try:
-            await self._connection.request(KillJob(identity))
-        except ManifoldError:
-            return  # it has ended, or its owner has: either way it does not run
+        job = Job(spec, program.ir, _Tasks(indices, futures))
+        for future in futures:
+            future.job, future.alone = job.job, len(batch) == 1
+        self.jobs_of.start(job)
 
     # -- questions ----------------------------------------------------------------------------
 
     def ask(self, body: msgspec.Struct, node: str = "") -> Any:
         """One system call, answered by the node we are attached to or by `node`."""
-        return self._connection.call(self._connection.request(body, destination=node))
+        return self.connection.call(self.connection.request(body, destination=node))
 
     def nodes(self) -> tuple[m.NodeInfo, ...]:
         """Every node that is known, by alias."""
-        answer: m.NodeList = self.ask(m.AllNodes())
+        return self.connection.call(self.ask_nodes())
+
+    async def ask_nodes(self) -> tuple[m.NodeInfo, ...]:
+        answer: m.NodeList = await self.connection.request(m.AllNodes())
         return answer.nodes
 
     def jobs(self) -> m.JobsList:
@@ -442,6 +329,11 @@ class Client:
         answer: JobStatus = self.ask(KillJob(job))
         return answer
 
+    def cancel_job(self, job: str) -> None:
+        """Cancel a job, without waiting for the answer."""
+        if not self.connection.closed:
+            self.connection.loop.call_soon_threadsafe(self.jobs_of.kill, job)
+
     def why(self, task: str) -> tuple[Decision, ...]:
         """How a job's shards (`J-…`) or one shard (`J-…/3`) were placed, and why there."""
         answer: WhyAnswer = self.ask(WhyTask(task))
@@ -453,16 +345,66 @@ class Client:
         return answer
 
 
-def concurrent_cancel(future: Future) -> None:
-    """Mark a future cancelled without asking the cluster again."""
-    super(Future, future).cancel()
+class _Whole(Awaited):
+    """One future for the whole of a job."""
+
+    def __init__(self, spec: JobSpec, future: Future) -> None:
+        self._spec = spec
+        self._future = future
+
+    def progress(self, status: JobStatus) -> None:
+        self._future.status = status
+
+    def done(self, status: JobStatus, first: int, results: Sequence[Any]) -> None:
+        value = _value(self._spec, status.block, results)
+        settle(self._future, lambda: self._future.set_result(value))
+
+    def failed(self, error: BaseException) -> None:
+        settle(self._future, lambda: self._future.set_exception(error))
+
+    def cancelled(self) -> None:
+        cancel_here(self._future)
 
 
-def _one(result: Partial, entries: list[Any]) -> Any:
+class _Tasks(Awaited):
+    """A future for each index."""
+
+    def __init__(self, indices: Sequence[int], futures: Sequence[Future]) -> None:
+        self._indices = indices
+        self._futures = futures
+
+    def progress(self, status: JobStatus) -> None:
+        for future in self._futures:
+            future.status = status
+
+    def some(self, first: int, results: Sequence[Any]) -> None:
+        last = first + len(results)
+        tasks = zip(self._indices[first:last], self._futures[first:last], results, strict=True)
+        for index, future, result in tasks:
+            if isinstance(result, Partial):
+                value = _one(finish("collect", result, index, index + 1))
+                settle(future, lambda f=future, v=value: f.set_result(v))  # type: ignore[misc]
+            else:
+                assert not isinstance(result, Value)
+                error = error_of(result)
+                settle(future, lambda f=future, e=error: f.set_exception(e))  # type: ignore[misc]
+
+    def done(self, status: JobStatus, first: int, results: Sequence[Any]) -> None:
+        self.some(first, results)
+
+    def failed(self, error: BaseException) -> None:
+        for future in self._futures:
+            settle(future, lambda f=future: f.set_exception(error))  # type: ignore[misc]
+
+    def cancelled(self) -> None:
+        for future in self._futures:
+            cancel_here(future)
+
+
+def _one(entries: Any) -> Any:
     """A task's result: its one value, or the list of what it emitted."""
-    if len(entries) == 1:
-        return entries[0]
-    return entries
+    assert isinstance(entries, list)
+    return entries[0] if len(entries) == 1 else entries
 
 
 def _value(spec: JobSpec, block: int, results: Sequence[Any]) -> Any:

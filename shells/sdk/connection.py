@@ -55,7 +55,7 @@ class Connection:
         self._on_push = on_push
         self._node = node
         self._address = ""
-        self._closing = False
+        self.closed = False
         self.attached: Welcome | None = None
         self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="manifold-client", daemon=True)
@@ -151,7 +151,7 @@ class Connection:
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run `coroutine` on the thread and wait for its result."""
-        if self._closing:
+        if self.closed:
             coroutine.close()
             raise Unavailable("This client is closed.", "Connect again.")
         future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
@@ -163,11 +163,11 @@ class Connection:
 
     def close(self) -> None:
         """Say goodbye and end the thread."""
-        if self._closing:
+        if self.closed:
             return
         with contextlib.suppress(ManifoldError):
             self.call(self._leave())
-        self._closing = True
+        self.closed = True
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from manifold.kernel.errors import Exhausted, ManifoldError, Trap
 from manifold.kernel.hyperbus.faults import to_error
@@ -13,11 +14,32 @@ from manifold.kernel.hyperbus.messages import Failure
 from manifold.kernel.process.messages import Fault
 from manifold.kernel.scheduler.messages import JobStatus
 
+if TYPE_CHECKING:
+    from manifold.kernel.geode.messages import Decision
+    from manifold.shells.sdk.client import Client
+
 
 class JobFailed(ManifoldError):
     """A job failed for a reason that is not its program's."""
 
     code = "job_failed"
+
+
+class RemoteTraceback(Exception):
+    """The traceback of an exception as it was in its task process: the cause of the one here."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"\n{self.text}"
+
+
+class RemoteError(ManifoldError):
+    """An exception of a call that cannot be had here itself: its class could not be read."""
+
+    code = "remote_error"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +73,19 @@ def error_of(fault: Fault, status: JobStatus | None = None) -> ManifoldError:
 
 
 class Future(concurrent.futures.Future[Any]):
-    """The result of a job or task. `cancel` ends it in the cluster; `progress` says how far it is.
+    """The result of a job, a task or a call. `cancel` ends it, `progress` says how far it is.
 
-    `result(timeout)` raises `Trap` where the program failed, `Exhausted` where a limit was
-    reached, `concurrent.futures.CancelledError` where it was cancelled.
+    `result(timeout)` raises `Trap` where a program failed, the function's own exception where a
+    call did, `Exhausted` where a limit was reached, `concurrent.futures.CancelledError` where it
+    was cancelled. In a coroutine it can be awaited; cancelling the awaiting task cancels it.
     """
 
-    def __init__(self, job: str, cancel: Callable[[str], None]) -> None:
+    def __init__(self, job: str = "", client: Client | None = None) -> None:
         super().__init__()
         self.job = job
         self.status: JobStatus | None = None
-        self._cancel_job = cancel
+        self.alone = True  # in its job: then that may be killed for its sake
+        self._client = client
 
     def progress(self) -> Progress | None:
         """The latest known, None before the first report."""
@@ -70,9 +94,39 @@ class Future(concurrent.futures.Future[Any]):
             return None
         return Progress(status.done, status.total, status.shards, status.retries, status.elapsed_ms)
 
+    def why(self) -> tuple[Decision, ...]:
+        """How it was placed, and why there; `NotFound` where it was not placed yet."""
+        assert self._client is not None, "a future of a client"
+        return self._client.why(self.job)
+
     def cancel(self) -> bool:
-        """Cancel the job in the cluster; False where it has ended already."""
-        if self.done():
-            return self.cancelled()
-        self._cancel_job(self.job)
-        return super().cancel()
+        """Cancel it in the cluster; False where it has ended already, or runs for an `Executor`.
+
+        A call that shares its job with others of its kind, which are all very short, is not
+        interrupted for it: its result is thrown away.
+        """
+        if not super().cancel():
+            return False
+        if self.job and self.alone and self._client is not None:
+            self._client.cancel_job(self.job)
+        return True
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return asyncio.wrap_future(self).__await__()
+
+
+def settle(future: Future, settled: Callable[[], None]) -> None:
+    """Give a future what it waited for, unless somebody cancelled it meanwhile."""
+    if future.done():
+        return
+    try:
+        settled()
+    except concurrent.futures.InvalidStateError:
+        if not future.done():
+            raise
+
+
+def cancel_here(future: Future) -> None:
+    """Mark a future cancelled without asking the cluster again."""
+    if not super(Future, future).cancel() and not future.cancelled():
+        settle(future, lambda: future.set_exception(concurrent.futures.CancelledError()))

@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 
 import click
 
+from manifold.shells.sdk.progress import ProgressBar as ProgressBar
+from manifold.shells.sdk.progress import human_ms as human_ms
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 CLUSTER_LINE = re.compile(r"^cluster:[ ]+([a-z0-9][a-z0-9-]{0,31})[ ]*(?:#.*)?$", re.MULTILINE)
@@ -107,45 +110,3 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError("the last unit takes everything")
-
-
-def human_ms(milliseconds: float) -> str:
-    if milliseconds < 1000:
-        return f"{milliseconds:.0f} ms"
-    seconds = milliseconds / 1000
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
-class ProgressBar:
-    """One line on a terminal that is redrawn; nothing at all elsewhere."""
-
-    WIDTH = 30
-
-    def __init__(self) -> None:
-        self._shown = False
-        self._enabled = sys.stderr.isatty()
-
-    def __call__(self, future: Any) -> None:
-        progress = future.progress()
-        if progress is None or not progress.total or not self._enabled:
-            return
-        share = progress.done / progress.total
-        filled = int(share * self.WIDTH)
-        bar = "#" * filled + "." * (self.WIDTH - filled)
-        rate = progress.done / max(progress.elapsed_ms, 1) * 1000
-        left_ms = (progress.total - progress.done) / rate * 1000 if rate else 0.0
-        retries = f"  {progress.retries} retries" if progress.retries else ""
-        sys.stderr.write(
-            f"\r[{bar}] {share:4.0%}  {rate:,.0f}/s  {human_ms(left_ms)} left{retries}\x1b[K"
-        )
-        sys.stderr.flush()
-        self._shown = True
-
-    def clear(self) -> None:
-        if self._shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()

@@ -15,15 +15,35 @@ from typing import TYPE_CHECKING, Any
 
 from manifold.vm.version import VERSION as __version__
 
-_SDK = ("Client", "Future", "JobFailed", "Progress", "connect")
+_SDK = {
+    "Client": "client",
+    "Executor": "executor",
+    "Future": "future",
+    "JobFailed": "future",
+    "Progress": "future",
+    "RemoteError": "future",
+    "RemoteTraceback": "future",
+    "connect": "",
+}
+_ERRORS = ("Exhausted", "ManifoldError", "Maybe", "ProcessDied", "Refused", "Trap", "Unavailable")
 _LANGUAGE = ("Kernel", "array")
 
 __all__ = [
     "Client",
+    "Executor",
+    "Exhausted",
     "Future",
     "JobFailed",
     "Kernel",
+    "ManifoldError",
+    "Maybe",
+    "ProcessDied",
     "Progress",
+    "Refused",
+    "RemoteError",
+    "RemoteTraceback",
+    "Trap",
+    "Unavailable",
     "__version__",
     "array",
     "connect",
@@ -31,7 +51,25 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from manifold.shells.sdk import Client, Future, JobFailed, Progress, connect
+    from manifold.kernel.errors import (
+        Exhausted,
+        ManifoldError,
+        Maybe,
+        ProcessDied,
+        Refused,
+        Trap,
+        Unavailable,
+    )
+    from manifold.shells.sdk import connect
+    from manifold.shells.sdk.client import Client
+    from manifold.shells.sdk.executor import Executor
+    from manifold.shells.sdk.future import (
+        Future,
+        JobFailed,
+        Progress,
+        RemoteError,
+        RemoteTraceback,
+    )
     from manifold.vm.python import Kernel, array, kernel
 
 
@@ -55,9 +93,14 @@ class _Package(ModuleType):
 
 def __getattr__(name: str) -> Any:
     if name in _SDK:
-        from manifold.shells import sdk
+        import importlib
 
-        return getattr(sdk, name)
+        module = importlib.import_module(f"manifold.shells.sdk.{_SDK[name]}".rstrip("."))
+        return getattr(module, name)
+    if name in _ERRORS:
+        from manifold.kernel import errors
+
+        return getattr(errors, name)
     if name in _LANGUAGE:
         from manifold.vm import python
 

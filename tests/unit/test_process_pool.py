@@ -20,7 +20,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from manifold.kernel.process import pool as module
+from manifold.kernel.process import child
+from manifold.kernel.process import pool as pool_module
 from manifold.kernel.process.messages import Compute, WorkerSpec
 from manifold.kernel.process.pool import Pool
 from manifold.kernel.process.zygote import Fork, Forked
@@ -184,7 +185,7 @@ def test_a_worker_that_obeys_lives_on(folder: Path) -> None:
 def test_a_worker_that_is_stopped_is_killed_for_its_silence(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SILENCE_S", 0.5)
+    monkeypatch.setattr(pool_module, "SILENCE_S", 0.5)
 
     async def test(bench: Bench, pool: Pool) -> None:
         pool.compute(0, compute(1))
@@ -198,13 +199,13 @@ def test_a_worker_that_is_stopped_is_killed_for_its_silence(
 
 
 def test_an_idle_worker_may_be_silent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SILENCE_S", 0.1)
+    monkeypatch.setattr(pool_module, "SILENCE_S", 0.1)
 
     async def test(bench: Bench, pool: Pool) -> None:
         pool.compute(0, compute(1))
         pool.abort(0, 1)
         await bench.until(lambda: bench.told.ended)
-        await asyncio.sleep(3 * module.CHECK_S)
+        await asyncio.sleep(3 * pool_module.CHECK_S)
         assert bench.told.lost == []
 
     Bench(folder, "obedient").run(test)
@@ -223,7 +224,7 @@ def test_a_worker_that_breaks_the_protocol_is_killed(folder: Path, kind: str) ->
 def test_a_worker_that_ends_loses_its_slot(folder: Path) -> None:
     async def test(bench: Bench, pool: Pool) -> None:
         pool.compute(3, compute(1))
-        await bench.until(lambda: bench.told.lost == [(3, "its worker process ended")])
+        await bench.until(lambda: bench.told.lost == [(3, "its process ended")])
         assert pool.pids() == {}
 
     Bench(folder, "short").run(test)
@@ -253,7 +254,7 @@ def test_a_zygote_that_is_not_there_is_asked_again_until_it_is(folder: Path) -> 
         hidden = bench.path.with_name("hidden")
         bench.path.rename(hidden)
         pool.compute(0, compute(1))
-        await asyncio.sleep(2 * module.RETRY_S)
+        await asyncio.sleep(2 * child.RETRY_S)
         assert bench.told.lost == []
         hidden.rename(bench.path)
         await bench.until(lambda: pool.pids())

@@ -35,7 +35,11 @@ from manifold.tools.emulator.record import Lock
 
 log = logging.getLogger("manifold.supervisor")
 
-PRELOAD = ("manifold.kernel.main", "manifold.kernel.process.worker")
+PRELOAD = (
+    "manifold.kernel.main",
+    "manifold.kernel.process.worker",
+    "manifold.kernel.process.tasks",
+)
 NODE_ENTRY = "manifold.kernel.main:boot"
 BACKOFF_S_MIN = 0.1
 BACKOFF_S_MAX = 10.0
@@ -107,6 +111,7 @@ class Supervisor:
         self._zygote = subprocess.Popen(
             [
                 sys.executable,
+                "-P",
                 "-m",
                 "manifold.kernel.process.zygote",
                 str(self.runtime_dir),
