@@ -18,13 +18,11 @@ from collections import OrderedDict
 from types import TracebackType
 from typing import Any
 
-import cloudpickle
-
 from manifold.kernel.errors import ManifoldError
 from manifold.kernel.process.messages import OUTPUT_CHARS_MAX, Calls, Session, Value
 from manifold.kernel.process.output import Printed
 from manifold.kernel.tasks.messages import Parcel
-from manifold.kernel.tasks.parcel import decoded, pack, unpack
+from manifold.kernel.tasks.parcel import decoded, dumps, pack, unpack
 from manifold.vm.kid import Kid
 
 FUNCTIONS_MAX = 256  # kept by KID; the node remembers fewer
@@ -120,7 +118,7 @@ def described(error: BaseException) -> tuple[bytes, str, str, str]:
         else f"{kind.__module__}.{kind.__qualname__}"
     )
     try:
-        pickled = cloudpickle.dumps(error, protocol=5)
+        pickled = dumps(error)
         again = pickle.loads(pickled)
         if type(again) is not kind or len(pickled) > OUTPUT_CHARS_MAX:
             pickled = b""

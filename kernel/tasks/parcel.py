@@ -1,7 +1,8 @@
 """Parcels: Python objects on their way between a client and a task process.
 
 Interface rules: used by clients and task processes only; a node passes parcels on and never opens
-one. `pack` takes functions and classes by value where they are not importable (cloudpickle).
+one. `pack` takes functions and classes by value where the other end could not import them: those of
+`__main__`, and of modules that no finder would find again (a test's, a notebook's).
 What is large goes into a file of its own in the client's folder of the spool, arrays as parts of
 their own (pickle protocol 5, out-of-band buffers); the receiver maps the file copy-on-write, so
 an array is written once and never copied, and may be changed in place. Whoever receives a result
@@ -19,6 +20,8 @@ import itertools
 import mmap
 import os
 import pickle
+import sys
+import types
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -58,7 +61,7 @@ def pack(value: Any, folder: str) -> Parcel:
         return False
 
     pickled = io.BytesIO()
-    cloudpickle.Pickler(pickled, protocol=5, buffer_callback=keep).dump(value)
+    _Pickler(pickled, protocol=5, buffer_callback=keep).dump(value)
     with pickled.getbuffer() as stream_view:
         size = stream_view.nbytes + sum(part.nbytes for part in parts)
         if size <= INLINE_BYTES_MAX and not parts:
@@ -67,6 +70,52 @@ def pack(value: Any, folder: str) -> Parcel:
         data = bytes(stream_view) if small else b""
         whole = parts if small else [stream_view, *parts]
         return Parcel(data, _write(Path(folder), whole), tuple(part.nbytes for part in whole))
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Cloudpickle's, which finds out for itself what has to go by value."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, (type, types.FunctionType)):
+            by_value(obj.__module__)
+        return super().reducer_override(obj)
+
+
+def dumps(value: Any) -> bytes:
+    """The pickle alone."""
+    pickled = io.BytesIO()
+    _Pickler(pickled, protocol=5).dump(value)
+    return pickled.getvalue()
+
+
+def by_value(module: str | None) -> bool:
+    """Whether what a module defines is pickled by value; decided once for each module."""
+    if not module or module == "__main__":
+        return True
+    known = _by_value.get(module)
+    if known is None:
+        loaded = sys.modules.get(module)
+        known = loaded is not None and not _findable(module)
+        if known:
+            cloudpickle.register_pickle_by_value(loaded)
+        _by_value[module] = known
+    return known or module in cloudpickle.list_registry_pickle_by_value()
+
+
+_by_value: dict[str, bool] = {}
+
+
+def _findable(module: str) -> bool:
+    """Whether another process with our `sys.path` would find the package that it is of."""
+    top = module.partition(".")[0]
+    loaded = sys.modules.get(top)
+    for finder in sys.meta_path:
+        find = getattr(finder, "find_spec", None)
+        spec = find(top, None) if find is not None else None
+        if spec is not None:
+            origin = getattr(loaded, "__file__", None)
+            return origin is None or spec.origin in (None, origin, "built-in", "frozen")
+    return False
 
 
 def is_plain(value: Any, depth: int = 0) -> bool:

@@ -21,14 +21,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from typing import TYPE_CHECKING, Any
 
-import cloudpickle
-
 from manifold.kernel.errors import ManifoldError
 from manifold.kernel.geode.messages import Demand
 from manifold.kernel.process.messages import Fault, Session, Value
 from manifold.kernel.scheduler.messages import JobSpec, JobStatus
 from manifold.kernel.tasks.messages import Parcel
-from manifold.kernel.tasks.parcel import pack, unpack
+from manifold.kernel.tasks.parcel import dumps, pack, unpack
 from manifold.shells.sdk.functions import Code, Functions
 from manifold.shells.sdk.future import (
     Future,
@@ -80,7 +78,7 @@ class Calls:
         self._loop = client.connection.loop
         self._folder = client.folder()
         self._functions = Functions(self._folder)
-        setup = cloudpickle.dumps((initializer, tuple(initargs))) if initializer else b""
+        setup = dumps((initializer, tuple(initargs))) if initializer else b""
         self._session = _session(client.connection.identity, setup)
         self._lock = threading.Lock()  # over what follows
         self._queue: deque[Call] = deque()

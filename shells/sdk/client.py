@@ -238,9 +238,11 @@ class Client:
         Calls travel in chunks of `chunksize`, which is chosen where it is 0. The first exception is
         raised, and what was not begun is cancelled; so it is after `timeout_s`, and on Ctrl-C.
         """
-        from manifold.shells.sdk.mapping import mapped
+        from manifold.shells.sdk.mapping import gathered, map_futures
 
-        return mapped(self, function, iterables, chunksize, timeout_s, progress)
+        found = gathered(map_futures(self, function, iterables, chunksize), timeout_s, progress)
+        assert isinstance(found, list)
+        return found
 
     def reduce(
         self,
@@ -252,9 +254,9 @@ class Client:
         progress: Shown = None,
     ) -> Any:
         """`functools.reduce` in parallel: `function` has to be associative, `items` not empty."""
-        from manifold.shells.sdk.mapping import reduced
+        from manifold.shells.sdk.mapping import gathered, reduce_futures
 
-        return reduced(self, function, items, chunksize, timeout_s, progress)
+        return gathered(reduce_futures(self, function, items, chunksize), timeout_s, progress)
 
     # -- programs for single indices ----------------------------------------------------------
 

@@ -17,7 +17,7 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
-from manifold.kernel.tasks.parcel import encoded, pack
+from manifold.kernel.tasks.parcel import by_value, encoded, pack
 from manifold.vm.kid import Kid, kid_of
 
 NAME_CHARS_MAX = 100
@@ -139,15 +139,7 @@ def _importable(value: Any) -> bool:
     found: Any = sys.modules.get(module)
     for part in name.split("."):
         found = getattr(found, part, None)
-    return found is value and not _by_value(module)
-
-
-def _by_value(module: str) -> bool:
-    """Whether somebody has told cloudpickle to send this module's contents."""
-    import cloudpickle
-
-    registered = cloudpickle.list_registry_pickle_by_value()
-    return any(module == each or module.startswith(each + ".") for each in registered)
+    return found is value and not by_value(module)
 
 
 @functools.lru_cache(1024)

@@ -55,15 +55,13 @@ def chunks(items: Sequence[Any], chunksize: int, slots: int) -> list[Sequence[An
     return [items[at : at + size] for at in range(0, len(items), size)]
 
 
-def mapped(
-    client: Client,
-    function: Any,
-    iterables: tuple[Iterable[Any], ...],
-    chunksize: int,
-    timeout_s: float | None,
-    progress: Shown,
-) -> list[Any]:
-    """See `Client.map`."""
+Joined = tuple[list[Future], Callable[[list[Any]], Any]]  # futures, and what their results make
+
+
+def map_futures(
+    client: Client, function: Any, iterables: tuple[Iterable[Any], ...], chunksize: int
+) -> Joined:
+    """Everything a `map` waits for."""
     if not iterables:
         raise TypeError("map() needs something to map over")
     if chunksize < 0:
@@ -75,45 +73,30 @@ def mapped(
     else:
         items = list(zip(*iterables, strict=False))
     if is_program(function):
-        return _mapped_program(client, function, items, len(iterables), timeout_s, progress)
+        return _program_futures(client, function, items, len(iterables))
     if not items:
-        return []
+        return [], _flat
     calls = client.own_calls()
     chunk = ChunkOfOne(function) if len(iterables) == 1 else Chunk(function)
     parts = chunks(items, chunksize, calls.workers)
-    futures = [calls.submit(chunk, (part,), {}) for part in parts]
-    results = gathered(client, futures, timeout_s, progress, len(items))
-    return [value for part in results for value in part]
+    return [calls.submit(chunk, (part,), {}) for part in parts], _flat
 
 
-def _mapped_program(
-    client: Client,
-    program: Any,
-    items: Sequence[Any],
-    width: int,
-    timeout_s: float | None,
-    progress: Shown,
-) -> list[Any]:
-    if isinstance(items, range) and items.step == 1:
-        found = client.parallel_for(
-            program, items.start, items.stop, timeout_s=timeout_s, progress=progress
-        )
-        assert isinstance(found, list)
-        return found
+def _flat(parts: list[Any]) -> list[Any]:
+    return [value for part in parts for value in part]
+
+
+def _program_futures(client: Client, program: Any, items: Sequence[Any], width: int) -> Joined:
+    if isinstance(items, range) and items.step == 1 and items:
+        return [client.job(program, items.start, items.stop)], _flat
     rows = items if width > 1 else [(item,) for item in items]
-    futures = [client.submit(program, *row) for row in rows]
-    return gathered(client, futures, timeout_s, progress, len(futures))
+    return [client.submit(program, *row) for row in rows], list
 
 
-def reduced(
-    client: Client,
-    function: Callable[[Any, Any], Any],
-    items: Iterable[Any],
-    chunksize: int,
-    timeout_s: float | None,
-    progress: Shown,
-) -> Any:
-    """See `Client.reduce`."""
+def reduce_futures(
+    client: Client, function: Callable[[Any, Any], Any], items: Iterable[Any], chunksize: int
+) -> Joined:
+    """Everything a `reduce` waits for."""
     listed = items if isinstance(items, (list, tuple, range)) else list(items)
     if not listed:
         raise TypeError("reduce() of an empty sequence")
@@ -121,37 +104,36 @@ def reduced(
     reduction = Reduced(function)
     parts = chunks(listed, chunksize, calls.workers)
     futures = [calls.submit(reduction, (part,), {}) for part in parts]
-    return functools.reduce(function, gathered(client, futures, timeout_s, progress, len(listed)))
+    return futures, functools.partial(functools.reduce, function)
 
 
 class _Many:
     """Several futures as one for a progress bar."""
 
-    def __init__(self, futures: Sequence[Future], total: int) -> None:
+    def __init__(self, futures: Sequence[Future]) -> None:
         self._futures = futures
-        self._total = total
         self._began_s = time.monotonic()
 
     def progress(self) -> Progress:
-        done = sum(future.done() for future in self._futures)
-        total = max(1, len(self._futures))
         elapsed_ms = 1000 * (time.monotonic() - self._began_s)
-        return Progress(done * self._total // total, self._total, total, 0, elapsed_ms)
+        if len(self._futures) == 1:
+            return self._futures[0].progress() or Progress(0, 1, 1, 0, elapsed_ms)
+        done = sum(future.done() for future in self._futures)
+        return Progress(done, len(self._futures), len(self._futures), 0, elapsed_ms)
 
 
-def gathered(
-    client: Client, futures: Sequence[Future], timeout_s: float | None, progress: Shown, total: int
-) -> list[Any]:
-    """Every result; the first exception, a timeout or a Ctrl-C cancels the rest."""
+def gathered(joined: Joined, timeout_s: float | None, progress: Shown) -> Any:
+    """What the futures make; the first exception, a timeout or a Ctrl-C cancels the rest."""
+    futures, join = joined
     deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-    many = _Many(futures, total)
+    many = _Many(futures)
     left: set[Any] = set(futures)
     try:
         with shown(progress) as show:
             while left:
                 patience_s = remaining_s(deadline_s)
                 if show is not None:
-                    patience_s = min(PROGRESS_S, patience_s or PROGRESS_S)
+                    patience_s = PROGRESS_S if patience_s is None else min(PROGRESS_S, patience_s)
                 done, left = wait(left, patience_s, FIRST_EXCEPTION)
                 for future in done:
                     future.result()
@@ -159,7 +141,7 @@ def gathered(
                     show(many)
                 if left and remaining_s(deadline_s) == 0:
                     raise TimeoutError(f"{len(left)} of {len(futures)} parts were not done in time")
-        return [future.result() for future in futures]
+        return join([future.result() for future in futures])
     except BaseException:
         for future in left:
             future.cancel()

@@ -9,6 +9,7 @@ one object: the package, which can be called.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from manifold.vm.version import VERSION as __version__
 
 _SDK = {
+    "AsyncClient": "aio",
     "Client": "client",
     "Executor": "executor",
     "Future": "future",
@@ -24,11 +26,13 @@ _SDK = {
     "RemoteError": "future",
     "RemoteTraceback": "future",
     "connect": "",
+    "connect_async": "aio",
 }
 _ERRORS = ("Exhausted", "ManifoldError", "Maybe", "ProcessDied", "Refused", "Trap", "Unavailable")
 _LANGUAGE = ("Kernel", "array")
 
 __all__ = [
+    "AsyncClient",
     "Client",
     "Executor",
     "Exhausted",
@@ -47,6 +51,7 @@ __all__ = [
     "__version__",
     "array",
     "connect",
+    "connect_async",
     "kernel",
 ]
 
@@ -61,6 +66,7 @@ if TYPE_CHECKING:
         Unavailable,
     )
     from manifold.shells.sdk import connect
+    from manifold.shells.sdk.aio import AsyncClient, connect_async
     from manifold.shells.sdk.client import Client
     from manifold.shells.sdk.executor import Executor
     from manifold.shells.sdk.future import (
@@ -73,7 +79,14 @@ if TYPE_CHECKING:
     from manifold.vm.python import Kernel, array, kernel
 
 
-class _CallablePackage(ModuleType):
+class _ByName(ModuleType):
+    """A module is pickled by its name; a function that uses one may be sent to a cluster."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return importlib.import_module, (self.__name__,)
+
+
+class _CallablePackage(_ByName):
     """The package `manifold.kernel`, called as `@manifold.kernel`."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
@@ -82,7 +95,7 @@ class _CallablePackage(ModuleType):
         return kernel(*args, **options)
 
 
-class _Package(ModuleType):
+class _Package(_ByName):
     """This package: whoever imports `manifold.kernel` first, it comes as a callable one."""
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -93,8 +106,6 @@ class _Package(ModuleType):
 
 def __getattr__(name: str) -> Any:
     if name in _SDK:
-        import importlib
-
         module = importlib.import_module(f"manifold.shells.sdk.{_SDK[name]}".rstrip("."))
         return getattr(module, name)
     if name in _ERRORS:
@@ -106,8 +117,6 @@ def __getattr__(name: str) -> Any:
 
         return getattr(python, name)
     if name == "kernel":
-        import importlib
-
         return importlib.import_module("manifold.kernel")
     raise AttributeError(f"module 'manifold' has no attribute {name!r}")
 

@@ -1,0 +1,125 @@
+"""The client for coroutines: the same calls, awaited.
+
+Interface rules: every method is the one of `Client` that has its name; what blocks there is awaited
+here, and cancelling the awaiting task cancels the job. `submit` and `job` return futures, which can
+be awaited, passed to `asyncio.wait_for`, or left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from manifold.kernel.scheduler.messages import Reduction
+from manifold.shells.sdk.client import Client, Number
+from manifold.shells.sdk.future import Future
+from manifold.shells.sdk.mapping import map_futures, reduce_futures
+
+if TYPE_CHECKING:
+    from manifold.shells.sdk.programs import Source
+
+
+class AsyncClient:
+    """Made by `manifold.connect_async`; use it with `async with`.
+
+    >>> async with manifold.connect_async() as m:
+    ...     await m.map(str.upper, ["any", "function"])
+    """
+
+    def __init__(self, connect: Callable[[], Client]) -> None:
+        self._connect = connect
+        self._client: Client | None = None
+
+    async def __aenter__(self) -> AsyncClient:
+        self._client = await asyncio.to_thread(self._connect)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Leave the cluster."""
+        if self._client is not None:
+            await asyncio.to_thread(self._client.close)
+
+    @property
+    def client(self) -> Client:
+        """The blocking client beneath, for questions such as `nodes`."""
+        assert self._client is not None, "use `async with`"
+        return self._client
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future:
+        return self.client.submit(function, *args, **kwargs)
+
+    def job(self, program: Source, lo: int, hi: int, **options: Any) -> Future:
+        return self.client.job(program, lo, hi, **options)
+
+    async def parallel_for(
+        self,
+        program: Source,
+        lo: int,
+        hi: int,
+        *,
+        reduce: Reduction = "collect",
+        arguments: Sequence[Number] = (),
+        timeout_s: float | None = None,
+    ) -> Any:
+        return await self.client.job(
+            program, lo, hi, reduce=reduce, arguments=arguments,
+            timeout_ms=(timeout_s or 0.0) * 1000,
+        )  # fmt: skip
+
+    async def map(
+        self,
+        function: Any,
+        *iterables: Iterable[Any],
+        chunksize: int = 0,
+        timeout_s: float | None = None,
+    ) -> list[Any]:
+        prepare = functools.partial(map_futures, self.client, function, iterables, chunksize)
+        futures, join = await asyncio.to_thread(prepare)
+        found: Any = join(await _all(futures, timeout_s))
+        return found
+
+    async def reduce(
+        self,
+        function: Callable[[Any, Any], Any],
+        items: Iterable[Any],
+        *,
+        chunksize: int = 0,
+        timeout_s: float | None = None,
+    ) -> Any:
+        prepare = functools.partial(reduce_futures, self.client, function, items, chunksize)
+        futures, join = await asyncio.to_thread(prepare)
+        found: Any = join(await _all(futures, timeout_s))
+        return found
+
+
+async def _all(futures: Sequence[Future], timeout_s: float | None) -> list[Any]:
+    """Every result; the first exception, a timeout or a cancellation cancels the rest."""
+    waiting = [asyncio.wrap_future(future) for future in futures]
+    try:
+        async with asyncio.timeout(timeout_s):
+            return list(await asyncio.gather(*waiting))
+    except BaseException:
+        for each in waiting:
+            each.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        raise
+
+
+def connect_async(
+    cluster: str = "", *, node: str = "", environ: Mapping[str, str] | None = None, up: int = 0
+) -> AsyncClient:
+    """As `manifold.connect`, for `async with`."""
+    from manifold.shells.sdk import connect
+
+    return AsyncClient(functools.partial(connect, cluster, node=node, environ=environ, up=up))
