@@ -86,7 +86,7 @@ class AsyncClient:
     ) -> list[Any]:
         prepare = functools.partial(map_futures, self.client, function, iterables, chunksize)
         futures, join = await asyncio.to_thread(prepare)
-        found: Any = join(await _all(futures, timeout_s))
+        found: list[Any] = join(await _all(futures, timeout_s))
         return found
 
     async def reduce(
@@ -99,7 +99,7 @@ class AsyncClient:
     ) -> Any:
         prepare = functools.partial(reduce_futures, self.client, function, items, chunksize)
         futures, join = await asyncio.to_thread(prepare)
-        found: Any = join(await _all(futures, timeout_s))
+        found: list[Any] = join(await _all(futures, timeout_s))
         return found
 
 
