@@ -18,6 +18,8 @@ from collections import OrderedDict
 from types import TracebackType
 from typing import Any
 
+import msgspec
+
 from manifold.kernel.errors import ManifoldError
 from manifold.kernel.process.messages import OUTPUT_CHARS_MAX, Calls, Session, Value
 from manifold.kernel.process.output import Printed
@@ -52,7 +54,7 @@ class Caller:
             function, arguments = pickle.loads(setup)
             function(*arguments)
         except BaseException as error:
-            return self._failed(error, "", 0.0)
+            return msgspec.structs.replace(self._failed(error, "", 0.0), status=1)
         return None
 
     def folder(self, session: Session) -> str:

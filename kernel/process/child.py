@@ -139,10 +139,10 @@ class Child(Generic[T]):
             messages = self._channel.take()
         except Closed:
             self._loop.remove_reader(self._channel.socket)
-            if self._exiting is None:
-                self._lose("its process ended", None)
-            else:
+            if self._watch and (self._exiting or self._forking):  # how it ended is on its way
                 self._ending = self._loop.call_later(EXIT_S, self._lose, "its process ended", None)
+            else:
+                self._lose("its process ended", None)
             return
         except PeerError as error:
             self.signal(signal.SIGKILL)

@@ -47,7 +47,8 @@ class Fault(msgspec.Struct, frozen=True, array_like=True, tag="s.fault"):
 class Value(msgspec.Struct, frozen=True, array_like=True, tag="s.value"):
     """What one call left: its result, or (not `ok`) its exception; and what it printed.
 
-    `status` is the exit status of a WASI program, whose `parcel` is empty.
+    `status` 1: its process could not be initialized. Of a WASI program the parcel holds a
+    `CommandOutput`.
     """
 
     parcel: Parcel

@@ -15,6 +15,9 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -31,11 +34,19 @@ from manifold.kernel.process.messages import (
     Limited,
     Result,
     ToWorker,
+    Value,
     WorkerSpec,
 )
+from manifold.kernel.tasks.messages import CommandLine, CommandOutput, Parcel
+from manifold.vm.foreign import Foreign, load
 from manifold.vm.kid import Kid
 from manifold.vm.runtime import Machine, Stopped, Unit
 from manifold.vm.syntax import Program, decode
+
+if TYPE_CHECKING:
+    from manifold.vm.foreign.machine import Command, ForeignMachine, ForeignUnit
+
+_commands = msgspec.msgpack.Decoder(CommandLine)
 
 TELL_S = 0.02  # results are sent together, this often
 TELL_BYTES = 1 << 20  # or once they are this large
@@ -50,7 +61,8 @@ class Worker:
     def __init__(self, channel: Channel[ToWorker], spec: WorkerSpec, paced: bool) -> None:
         self._channel = channel
         self._machine = Machine(spec.memory_bytes)
-        self._programs: dict[Kid, Program] = {}
+        self._foreign: ForeignMachine | None = None
+        self._programs: dict[Kid, Program | Foreign] = {}
         self._slice_s = spec.slice_ms / 1000
         self._pacer = throttle.Pacer(spec.share) if paced else None
         self._gas_per_s = float(GAS_PER_S_GUESS)
@@ -93,10 +105,10 @@ class Worker:
             self._hear(message)
         fault: Fault | None = None
         try:
-            unit = self._machine.load(self._program(compute), compute.reduce)
+            compute_block = self._loaded(compute)
             block = compute.first
             while block < self._last and not self._aborted:
-                self._results.append(self._block(unit, compute, block))
+                self._results.append(compute_block(block))
                 block += 1
                 self._between(block)
         except Stopped:
@@ -108,7 +120,22 @@ class Worker:
         self._tell(Ended(compute.run, fault))
         self._compute = None
 
-    def _program(self, compute: Compute) -> Program:
+    def _loaded(self, compute: Compute) -> Callable[[int], Result]:
+        """The program, ready to compute a block."""
+        program = self._program(compute)
+        if isinstance(program, Program):
+            return partial(self._block, self._machine.load(program, compute.reduce), compute)
+        if self._foreign is None:
+            from manifold.vm.foreign.machine import ForeignMachine  # few workers ever need it
+
+            self._foreign = ForeignMachine(self._machine.memory_bytes)
+        if program.kind == "command":
+            command = self._foreign.command(program, on_wait=self._tell)
+            return partial(self._command, command, compute)
+        unit = self._foreign.load(program, compute.reduce, compute.entry, on_wait=self._tell)
+        return partial(self._block, unit, compute)
+
+    def _program(self, compute: Compute) -> Program | Foreign:
         program = self._programs.get(compute.program)
         if not compute.ir:
             if program is None:
@@ -118,11 +145,12 @@ class Worker:
         self._programs.pop(compute.program, None)
         if len(self._programs) >= PROGRAMS_MAX:
             self._programs.pop(next(iter(self._programs)))
-        program = program or decode(compute.ir)
+        if program is None:
+            program = load(compute.ir, compute.program) if compute.wasm else decode(compute.ir)
         self._programs[compute.program] = program
         return program
 
-    def _block(self, unit: Unit, compute: Compute, block: int) -> Result:
+    def _block(self, unit: Unit | ForeignUnit, compute: Compute, block: int) -> Result:
         if compute.indices:
             low = compute.indices[block - compute.first]
             high = low + 1
@@ -148,6 +176,29 @@ class Worker:
         self._gas += outcome.gas_used - self._block_gas
         self._results_bytes += outcome.partial.nbytes
         return outcome.partial
+
+    def _command(self, command: Command, compute: Compute, block: int) -> Result:
+        """One run of a WASI program: what it wrote, also where it trapped."""
+        line = _commands.decode(compute.commands[block - compute.first].data)
+        self._block_gas = 0
+        began_s = time.monotonic()
+        try:
+            done = command.run(
+                line.arguments, environ=line.environ, stdin=line.stdin,
+                gas=max(GAS_SLICE_MIN, int(self._gas_per_s * self._slice_s)),
+                on_yield=self._on_yield, on_sleep=self._on_sleep,
+            )  # fmt: skip
+            output = CommandOutput(done.status, done.stdout, done.stderr)
+            self._gas += done.gas_used - self._block_gas
+        except Stopped:
+            raise
+        except ManifoldError as error:
+            wrote = getattr(error, "stdout", b""), getattr(error, "stderr", b"")
+            output = CommandOutput(1, *wrote, error.code, error.message, error.next_step)
+        data = msgspec.msgpack.encode(output)
+        self._results_bytes += len(data)
+        busy_ms = 1000 * (time.monotonic() - began_s)
+        return Value(Parcel(data), not output.code, busy_ms)
 
     def _between(self, block: int) -> None:
         """After a block: look, tell and pace, each when it is due."""

@@ -19,14 +19,15 @@ from manifold.kernel.process.messages import Fault, Result, Session
 from manifold.kernel.tasks.messages import Parcel
 from manifold.vm.kid import Kid
 
-PROGRAM_BYTES_MAX = 8 << 20  # 64 Ki instructions, at most 128 bytes each with its source line
+# 64 Ki instructions with their source lines are 8 MiB at most; a WebAssembly binary has twice that.
+PROGRAM_BYTES_MAX = 16 << 20
 ARGUMENTS_MAX = 64
 INDICES_EXPLICIT_MAX = 65_536  # tasks in one batch; the list is at most 576 KiB encoded
 REPORTS_MAX = 4096
 RESULTS_PER_REPORT_MAX = 65_536
 BLOCK_MAX = 1 << 17
 # Inline parcels of one job: the message that carries them all stays under a quarter of the largest.
-PARCELS_BYTES_MAX = 16 << 20
+PARCELS_BYTES_MAX = 18 << 20
 HOPS_MAX = 64  # the largest `geode.hops` that a configuration may have
 # An attempt's number is the boot of its owner and a count. They share 62 bits: 2^40 attempts are 3
 # years at 10 000 a second, and after 2^22 boots nobody remembers the first.

@@ -1,4 +1,4 @@
-"""Parcels as they travel between a client and a task process; nodes pass them on unopened."""
+"""What travels between a client and where its calls run; nodes on the way leave it unopened."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-# What is longer travels as a file. A frame holds 1 MiB: two such parcels and their envelopes.
-PARCEL_BYTES_MAX = 508 << 10
+PARCEL_BYTES_MAX = 17 << 20  # all that a WASI program may write, and a little; of others see `pack`
+STDIN_BYTES_MAX = 8 << 20
 PARTS_MAX = 4096  # arrays in one object that keep a part of their own; the rest is in the pickle
 
 Size = Annotated[int, Meta(ge=0, le=1 << 50)]
@@ -30,3 +30,22 @@ class Parcel(msgspec.Struct, frozen=True, array_like=True):
     def nbytes(self) -> int:
         """What it takes in messages and in memory; the file is not counted."""
         return 64 + len(self.data) + 9 * len(self.sizes)
+
+
+class CommandLine(msgspec.Struct, frozen=True, array_like=True):
+    """What a WASI program is given: a parcel's data."""
+
+    arguments: tuple[str, ...]
+    environ: dict[str, str]
+    stdin: Annotated[bytes, Meta(max_length=STDIN_BYTES_MAX)] = b""
+
+
+class CommandOutput(msgspec.Struct, frozen=True, array_like=True):
+    """What a WASI program left: a parcel's data. `code` of its fault, "" where it has none."""
+
+    status: int
+    stdout: bytes
+    stderr: bytes
+    code: str = ""
+    message: str = ""
+    next_step: str = ""

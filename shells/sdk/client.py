@@ -297,6 +297,49 @@ class Client:
             future.job, future.alone = job.job, len(batch) == 1
         self.jobs_of.start(job)
 
+    # -- WebAssembly --------------------------------------------------------------------------
+
+    def command(
+        self,
+        path: str | Path,
+        arguments: Sequence[str] = (),
+        *,
+        stdin: bytes = b"",
+        environ: Mapping[str, str] | None = None,
+        timeout_ms: float = 0.0,
+        demand: Demand | None = None,
+        detach: bool = False,
+    ) -> Future:
+        """Run a WASI preview 1 program once; the result has `status`, `stdout` and `stderr`."""
+        from manifold.shells.sdk.wasm import command_job, foreign_of
+
+        program = foreign_of(Path(path))
+        future = Future("", self)
+        entry = command_job(
+            program, (program.name, *arguments), future, stdin=stdin, environ=environ,
+            timeout_ms=timeout_ms, demand=demand, detach=detach,
+        )  # fmt: skip
+        future.job = entry.job
+        self.connection.loop.call_soon_threadsafe(self.jobs_of.start, entry)
+        return future
+
+    def module(
+        self, path: str | Path, lo: int, hi: int, *, detach: bool = False, **options: Any
+    ) -> Future:
+        """Start an exported function of a WebAssembly module over `[lo, hi)`.
+
+        `entry` names the function where there are several; other options are those of `job`.
+        """
+        from manifold.shells.sdk.wasm import foreign_of, module_spec
+
+        program = foreign_of(Path(path))
+        spec = module_spec(program, lo, hi, **options)
+        future = Future("", self)
+        entry = Job(spec, program.data, _Whole(spec, future), detach=detach)
+        future.job = entry.job
+        self.connection.loop.call_soon_threadsafe(self.jobs_of.start, entry)
+        return future
+
     # -- questions ----------------------------------------------------------------------------
 
     def ask(self, body: msgspec.Struct, node: str = "") -> Any:
