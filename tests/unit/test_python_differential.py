@@ -11,6 +11,7 @@ import importlib.util
 import math
 import struct
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -427,3 +428,136 @@ def test_the_generator_reaches_what_it_should() -> None:
         *("min(", "if ", "+=", "~", "math.isnan", "i0, i1 =", "0x7FFFFFFFFFFFFFFF"),
     ):
         assert word in text, word
+
+
+# -- arrays in nested ranges ---------------------------------------------------------------------
+
+LENGTH = 5
+
+
+class Grid:
+    """Writes a kernel whose nested ranges read and write two arrays at every kind of index."""
+
+    BOUNDS = ("5", "0", "n", "n, 5", "4, -1, -1", "1, 5", "-2, 2", "n, 6, 2", "3, 3", "-5, n, 3")
+    STEPS = ("a[{}] += b[{}] * 0.5", "b[{}] = a[{}] - x", "a[{}], b[{}] = b[0], a[-1]")
+    STEPS += ("a[{}] = 2.0 * a[{}] + b[-1]", "if a[{}] > b[{}]: x = x + 1.0", "c[{}] ^= c[{}] + 1")
+
+    def __init__(self, random: Random) -> None:
+        self.random = random
+        self.loops: list[str] = []
+        self.lines: list[str] = []
+        self.count = 0
+
+    def put(self, text: str) -> None:
+        self.lines.append("    " * (len(self.loops) + 1) + text)
+
+    def index(self) -> str:
+        """Mostly in range, or one or two beyond either end."""
+        names = [*self.loops, *self.loops, "n", "k"]
+        name, other = self.random.choice(names), self.random.choice(names)
+        forms = [name] * 6 + [f"{name} + 1", f"{name} - 1", f"-{name}", f"{name} % 5"]
+        return self.random.choice([*forms, f"{name} - {other}", f"{other} % 5 - 5", "0", "-5", "4"])
+
+    def steps(self) -> None:
+        for _ in range(self.random.randrange(1, 4)):
+            if self.random.random() < 0.15:
+                self.put(f"k = {self.index()}")
+            first = self.index()
+            second = first if self.random.random() < 0.4 else self.index()
+            self.put(self.random.choice(self.STEPS).format(first, second))
+
+    def loop(self) -> None:
+        self.count += 1
+        name = f"i{self.count}"
+        bounds = [*self.BOUNDS, *(f"{each} + 1, 5" for each in self.loops), *self.loops]
+        self.put(f"for {name} in range({self.random.choice(bounds)}):")
+        self.loops.append(name)
+        if self.random.random() < 0.2:
+            self.put(f"{self.random.choice(self.loops)} += 1")  # the loop counts elsewhere
+        self.steps()
+        if len(self.loops) < 3 and self.random.random() < 0.7:
+            self.loop()
+            self.steps()
+        self.loops.pop()
+
+    def text(self) -> tuple[str, str]:
+        """The file with the kernel, and the one for CPython."""
+        self.put("a = [x, 1.0, 0.5, -2.0, 3.0]")
+        self.put("b = [0.25] * 5")
+        self.put("c = [0] * 5")
+        self.put("k = 1")
+        for _ in range(self.random.randrange(1, 4)):
+            self.loop()
+        self.put("return a[0], a[1], a[4], b[0], b[3], c[1], c[4], x, k")
+        body = "def work(n: int, x: float):\n" + "\n".join(self.lines) + "\n"
+        return HEAD + "@manifold.kernel\n" + body, body
+
+
+def place_of(error: BaseException, path: Path) -> int:
+    """The line of a file that an exception left."""
+    lines = [each.lineno for each in traceback.extract_tb(error.__traceback__)
+             if each.filename == str(path)]  # fmt: skip
+    return lines[-1] or 0
+
+
+def all_of(run: Callable[..., Any], n: int, x: float, gas: int) -> tuple[Any, ...]:
+    """Values or the fault with its line and cells, the gas, and where it ran out."""
+    yields: list[int] = []
+
+    def more(used: int) -> int:
+        yields.append(used)
+        return 1000
+
+    try:
+        found = run(n, n + 1, gas=gas, on_yield=more, on_sleep=None, arguments=(x,))
+    except Trap as trap:
+        return trap.message, trap.line, repr(trap.cells), yields
+    (values,) = finish("collect", found.partial, n, n + 1)
+    return *bits(values), found.gas_used, yields
+
+
+@settings(
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    seed=st.integers(0, 2**32),
+    inputs=st.lists(st.integers(-6, 7), min_size=3, max_size=6, unique=True),
+    gas=st.integers(0, 2000),
+)
+def test_arrays_in_nested_ranges_are_those_of_cpython_to_the_index_that_is_out_of_range(
+    machine: Machine, folder: Path, seed: int, inputs: list[int], gas: int
+) -> None:
+    text, reference = Grid(Random(seed)).text()
+    name = f"g{seed}"
+    kernel = load(folder, name, text).work
+    plain = load(folder, f"{name}_plain", reference)
+    unit, verified = machine.load(kernel.program, "collect"), verify(kernel.program)
+    for n in inputs:
+        compiled = all_of(unit.run, n, 1.5, gas)
+
+        def reference_run(*args: Any, **options: Any) -> Any:
+            return interpret(verified, "collect", *args, **options)
+
+        assert compiled == all_of(reference_run, n, 1.5, gas), f"{text}\n# work({n})"
+        try:
+            expected = bits(plain.work(n, 1.5))
+        except IndexError as error:
+            line = place_of(error, folder / f"{name}_plain.py") + text.count(
+                "\n", 0, text.index("def")
+            )
+            assert "array index out of range" in compiled[0], f"{text}\n# work({n})"
+            assert compiled[1] == line, f"{text}\n# work({n})"
+        else:
+            assert list(compiled[:-2]) == expected, f"{text}\n# work({n})"
+
+
+def test_the_grids_fault_and_do_not_in_fair_shares(folder: Path) -> None:
+    """Grids that always fault, or never do, would show little."""
+    faulty = 0
+    for seed in range(60):
+        plain = load(folder, f"s{seed}", Grid(Random(seed)).text()[1])
+        try:
+            plain.work(seed % 6, 1.5)
+        except IndexError:
+            faulty += 1
+    assert 15 <= faulty <= 45, faulty

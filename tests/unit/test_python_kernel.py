@@ -16,6 +16,7 @@ from manifold.kernel.errors import InvalidProgram
 from manifold.shells.sdk.programs import program_of
 from manifold.vm.errors import Trap
 from manifold.vm.python import Kernel, array, kernel
+from manifold.vm.python.slices import GAS_FIRST, GAS_MIN, GROWTH, Slices
 from manifold.vm.syntax import disassemble
 
 LEAST, GREATEST = -(1 << 63), (1 << 63) - 1
@@ -260,6 +261,23 @@ def test_a_loop_to_the_end_of_the_ints_ends_there() -> None:
 def test_counting_is_not_checked() -> None:
     assert "ADDO" not in disassemble(fresh.program).split("STOREI")[0]
     assert disassemble(collatz.program).count("ADDO") == 1  # of 3 * n + 1, not of steps
+
+
+def test_a_slice_of_gas_takes_5_ms_whatever_a_unit_of_gas_takes() -> None:
+    """S1 of slices.py, too."""
+    now = [0.0]
+    slices = Slices(lambda: now[0])
+    for gas_per_s in (3e10, 1e8, 3e5):
+        used, gas, took = 0, slices.start(), []
+        for _ in range(12):
+            now[0] += gas / gas_per_s
+            took.append(gas / gas_per_s)
+            used += gas
+            before, gas = gas, slices.more(used)
+            assert GAS_MIN <= gas <= GROWTH * before
+        assert took[-1] == pytest.approx(max(0.005, GAS_MIN / gas_per_s), rel=0.01)
+    standing = Slices(lambda: 0.0)  # a clock that stands still
+    assert standing.start() == GAS_FIRST and standing.more(GAS_FIRST) == GROWTH * GAS_FIRST
 
 
 def test_recursion_keeps_the_variables_of_each_call() -> None:

@@ -17,6 +17,8 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
+from manifold.vm.compile import compile_wat
+from manifold.vm.compile.structure import NESTING_MAX
 from manifold.vm.errors import Exhausted, InvalidProgram, Trap
 from manifold.vm.interpret import run as interpret
 from manifold.vm.runtime import REDUCTIONS, Machine, Stopped, finish
@@ -272,17 +274,19 @@ def machine() -> Iterator[Machine]:
     machine.close()
 
 
-def observe(run: Any, lo: int, hi: int, budget: int) -> tuple[Any, ...]:
+def observe(
+    run: Any, lo: int, hi: int, budget: int, gas: int = 500, more: int = 400
+) -> tuple[Any, ...]:
     """Everything a caller can see of a run, in a form that tells NaNs and zeros apart."""
     sleeps: list[float] = []
     yields: list[int] = []
 
     def on_yield(used: int) -> int:
         yields.append(used)
-        return 400 if used < budget else 0
+        return more if used < budget else 0
 
     try:
-        outcome = run(lo, hi, gas=500, on_yield=on_yield, on_sleep=sleeps.append)
+        outcome = run(lo, hi, gas=gas, on_yield=on_yield, on_sleep=sleeps.append)
     except Stopped as stopped:
         return ("stopped", stopped.gas_used, stopped.index, sleeps, yields)
     except Trap as trap:
@@ -291,13 +295,15 @@ def observe(run: Any, lo: int, hi: int, budget: int) -> tuple[Any, ...]:
     return ("done", msgspec.msgpack.encode(outcome.partial), outcome.gas_used, sleeps, yields)
 
 
-def both(machine: Machine, program: Program, reduce: str, budget: int = 3000) -> tuple[Any, Any]:
+def both(
+    machine: Machine, program: Program, reduce: str, budget: int = 3000, **gas: int
+) -> tuple[Any, Any]:
     verified = verify(program)
     unit = machine.load(program, reduce)
     assert not unit.note
-    compiled = observe(unit.run, 3, 8, budget)
+    compiled = observe(unit.run, 3, 8, budget, **gas)
     expected = observe(
-        lambda lo, hi, **rest: interpret(verified, reduce, lo, hi, **rest), 3, 8, budget
+        lambda lo, hi, **rest: interpret(verified, reduce, lo, hi, **rest), 3, 8, budget, **gas
     )
     if compiled[0] == "trap" and reduce != "collect":  # only `collect` knows the results so far
         compiled, expected = ((*each[:4], *each[5:]) for each in (compiled, expected))
@@ -317,6 +323,79 @@ def test_a_generated_program_does_the_same_in_both_back_ends(
         reject()
     compiled, expected = both(machine, assemble(text), reduce)
     assert compiled == expected, text
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 40),
+    size=st.integers(1, 9),
+    gas=st.integers(0, 600),
+    more=st.integers(1, 300),
+)
+def test_gas_runs_out_at_the_same_points_whatever_the_slices(
+    machine: Machine, seed: int, size: int, gas: int, more: int
+) -> None:
+    text = generate(seed, size)
+    try:
+        program = assemble(text)
+        verify(program)
+    except InvalidProgram:  # as above
+        reject()
+    compiled, expected = both(machine, program, "collect", 2000, gas=gas, more=more)
+    assert compiled == expected, text
+
+
+LOOPS = {
+    "loops in each other": """
+        PUSH 0\nSTORE 1
+        outer: LOAD 1\nPUSH 4\nLT\nJZ done\nPUSH 0\nSTORE 2
+        inner: LOAD 2\nLOAD 1\nLT\nJZ next\nLOAD 2\nLOADI a\nLOAD 1\nADD\nLOAD 2\nSTOREI a
+        LOAD 2\nPUSH 1\nADD\nSTORE 2\nJMP inner
+        next: LOAD 1\nPUSH 1\nADD\nSTORE 1\nJMP outer
+        done: PUSH 0\nLOADI a\nEMIT\nHALT""",
+    "a loop that faults": """
+        again: LOAD 1\nLOADI a\nPOP\nLOAD 1\nPUSH 1\nADD\nSTORE 1\nLOAD 1\nSTORE 2\nJMP again""",
+    "a loop that the end of the stack goes through": """
+        PUSH 5
+        again: PUSH 1\nSUB\nDUP\nEMIT\nDUP\nJNZ again\nPOP\nHALT""",
+    "a loop in a function": """
+        .function work ( n -- n )
+        LOAD 0\nCALL work\nEMIT\nHALT
+        work: again: PUSH 3\nSUB\nDUP\nPUSH -9\nGT\nJNZ again\nRET""",
+    "a loop with two entries": """
+        LOAD 0\nPUSH 1\nAND\nJZ second
+        first: LOAD 1\nPUSH 1\nADD\nSTORE 1
+        second: LOAD 1\nPUSH 2\nADD\nSTORE 1\nLOAD 1\nPUSH 20\nGE\nJZ first\nHALT""",
+    "a range program": """
+        .range
+        LOAD 0\nSTORE 2
+        again: LOAD 2\nEMIT\nLOAD 2\nPUSH 1\nADD\nSTORE 2\nLOAD 2\nLOAD 1\nLT\nJNZ again\nHALT""",
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_loop_pays_once_for_each_round_wherever_its_gas_ends(machine: Machine, loop: str) -> None:
+    text = ".cells 3\n.array a i64 6\n" + LOOPS[loop].replace("work: again:", "work:\nagain:")
+    program = assemble(text)
+    for gas in range(60):
+        for more in (1, 7, 1 << 40):
+            compiled, expected = both(machine, program, "collect", 500, gas=gas, more=more)
+            assert compiled == expected, (gas, more)
+
+
+def test_a_loop_that_nests_too_deep_for_blocks_pays_too(machine: Machine) -> None:
+    ways = range(NESTING_MAX + 50)
+    lines = ["again:"]
+    tests = ("EQ\nJNZ", "NE\nJZ")
+    lines += [f"LOAD 1\nPUSH {way}\n{tests[way % 2]} way{way}" for way in ways]
+    lines += [f"way{way}: LOAD 2\nPUSH 1\nADD\nSTORE 2" for way in ways]
+    lines += ["LOAD 1\nPUSH 150\nADD\nDUP\nSTORE 1\nPUSH 500\nLT\nJNZ again"]
+    lines += ["LOAD 2\nEMIT\nHALT"]
+    program = assemble(".cells 3\n" + "\n".join(lines))
+    assert "$dispatch" in compile_wat(verify(program), "collect")
+    for gas in (0, 1000, 5000):
+        compiled, expected = both(machine, program, "collect", 30_000, gas=gas, more=3000)
+        assert compiled == expected and len(compiled[-1]) > 3
 
 
 @settings(max_examples=60, deadline=None)
@@ -379,7 +458,7 @@ def test_integer_operators_agree_on_all_delicate_pairs(
 
 
 @pytest.mark.parametrize("constant", [False, True])
-@pytest.mark.parametrize("name", ["DIV", "MOD", "FDIV", "MIN", "MAX"])
+@pytest.mark.parametrize("name", ["MUL", "DIV", "MOD", "FDIV", "MIN", "MAX"])
 def test_float_operators_agree_on_all_delicate_pairs(
     machine: Machine, name: str, constant: bool
 ) -> None:
@@ -388,6 +467,19 @@ def test_float_operators_agree_on_all_delicate_pairs(
         for left in FLOATS:
             hidden = [f"PUSH {right}"] if constant else [f"PUSH {right}", "STORE 2", "LOAD 2"]
             lines += [f"PUSH {left}", "STORE 1", "LOAD 1", *hidden, name, "EMIT"]
+    compiled, expected = both(machine, assemble("\n".join([*lines, "HALT"])), "collect", 1 << 40)
+    assert compiled == expected and compiled[0] == "done"
+
+
+@pytest.mark.parametrize("two", ["2", "2.0"])
+@pytest.mark.parametrize("first", [False, True])
+def test_twice_a_number_agrees(machine: Machine, two: str, first: bool) -> None:
+    lines = []
+    for value in [*FLOATS, *INTS]:
+        cell = 1 if isinstance(value, int) else 2
+        factors = [f"PUSH {two}", f"LOAD {cell}"]
+        factors = factors if first else factors[::-1]
+        lines += [f"PUSH {value!r}", f"STORE {cell}", *factors, "MUL", "EMIT"]
     compiled, expected = both(machine, assemble("\n".join([*lines, "HALT"])), "collect", 1 << 40)
     assert compiled == expected and compiled[0] == "done"
 

@@ -1,8 +1,8 @@
 """Collatz, Mandelbrot, n-body and Monte Carlo pi as @kernel, numba, gcc -O2 and CPython in one run.
 
-Warm is the run alone, as a worker runs it; cold is from the Python function to its first result,
-everything imported before. All four compute the same values, which is checked bit by bit. numba
-gets numpy arrays where the kernels have lists, and ints that wrap.
+Warm is the run alone, in slices of gas of 5 ms, as a worker runs it; cold is from the Python
+function to its first result, everything imported before. All four compute the same values, which is
+checked bit by bit. numba gets numpy arrays where the kernels have lists, and ints that wrap.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from typing import Any
 from manifold.tools.bench import peers
 from manifold.tools.bench.harness import Absent, Figure, best_of, interleave
 from manifold.vm.python import Kernel, kernel
+from manifold.vm.python.slices import Slices
 from manifold.vm.runtime import Machine, finish
 from manifold.vm.syntax import Program
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NUMBA = peers.Peer("numba", "", "numba", "0.68.1")
 MEMORY_BYTES = 1 << 26
-GAS_SLICE = 2_500_000  # a worker's
 RUN_TIMEOUT_S = 180.0
 
 _C = """\
@@ -139,12 +139,31 @@ int main(int argc, char **argv) {
 """
 
 
+STEPS_MAX = 255
+LEFT, TOP, ACROSS = -2.2, 1.0, 3.0  # of the plane, in the width of the picture
+
+
+@kernel
+def escape_steps(pixel: int, width: int) -> int:
+    """After how many steps z*z + c leaves the circle of radius 2; STEPS_MAX if it does not."""
+    y, x = divmod(pixel, width)
+    step = ACROSS / width
+    cx, cy = LEFT + x * step, TOP - y * step
+    zx, zy = 0.0, 0.0
+    for steps in range(STEPS_MAX):
+        xx, yy = zx * zx, zy * zy
+        if xx + yy > 4.0:
+            return steps
+        zx, zy = xx - yy + cx, 2.0 * zx * zy + cy
+    return STEPS_MAX
+
+
 @dataclass(frozen=True)
 class Case:
     """A program over `[0, hi)` (Collatz: from 1); CPython runs `sample` indices of it."""
 
     name: str
-    function: str  # in examples/<name>.py
+    function: str  # in examples/<name>.py, or above
     hi: int
     sample: int
     arguments: tuple[int, ...] = ()
@@ -152,8 +171,12 @@ class Case:
     lo: int = 0
 
     def kernel(self, wrap: bool = False) -> Kernel[..., Any]:
-        module = importlib.import_module(f"manifold.examples.{self.name}")
-        found: Kernel[..., Any] = getattr(module, self.function)
+        found: Kernel[..., Any]
+        if self.function in globals():
+            found = globals()[self.function]
+        else:
+            module = importlib.import_module(f"manifold.examples.{self.name}")
+            found = getattr(module, self.function)
         return kernel(wrap=True)(found.__wrapped__) if wrap else found
 
 
@@ -172,11 +195,12 @@ class Compiled:
         self.case = case
         self._machine = Machine(MEMORY_BYTES)
         self._unit = self._machine.load(program, "sum")
+        self._slices = Slices(time.perf_counter)  # of 5 ms, measured as a worker measures them
 
     def run(self, hi: int) -> float:
         case = self.case
         partial = self._unit.run(
-            case.lo, hi, gas=GAS_SLICE, on_yield=lambda _: GAS_SLICE, on_sleep=time.sleep,
+            case.lo, hi, gas=self._slices.start(), on_yield=self._slices.more, on_sleep=time.sleep,
             arguments=case.arguments,
         ).partial  # fmt: skip
         return float(finish("sum", partial, case.lo, hi))  # type: ignore[arg-type]
@@ -266,15 +290,26 @@ class _ForNumba(ast.NodeTransformer):
         return ast.Call(ast.parse("np.array", mode="eval").body, [node], [])
 
 
+def needed(tree: ast.Module, function: str) -> list[ast.stmt]:
+    """The statements of a module that a kernel needs: constants, kernels it calls, itself."""
+    wanted, kept = {function}, []
+    for each in reversed(tree.body):
+        if isinstance(each, ast.FunctionDef):
+            made = {each.name}
+        else:
+            targets = each.targets if isinstance(each, ast.Assign) else []
+            made = {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+        if made & wanted:
+            wanted |= {node.id for node in ast.walk(each) if isinstance(node, ast.Name)}
+            kept.append(each)
+    return kept[::-1]
+
+
 def numba_source(case: Case) -> str:
     """The example's constants and functions for numba, and the sum over a range."""
-    tree = ast.parse((EXAMPLES / f"{case.name}.py").read_text())
-    kept: list[ast.stmt] = [
-        each
-        for each in tree.body
-        if isinstance(each, ast.Assign)
-        or (isinstance(each, ast.FunctionDef) and each.decorator_list)
-    ]
+    here = case.function in globals()
+    path = Path(__file__) if here else EXAMPLES / f"{case.name}.py"
+    kept = needed(ast.parse(path.read_text()), case.function)
     body = ast.unparse(
         ast.fix_missing_locations(_ForNumba().visit(ast.Module(body=kept, type_ignores=[])))
     )

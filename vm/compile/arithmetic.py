@@ -47,6 +47,8 @@ class ArithmeticWriter(StackWriter):
     def arithmetic(self, each: Instruction) -> None:
         name = each.spec.name
         factor = self.stack[-1].constant
+        if name == "MUL" and 2 in (factor, self.stack[-2].constant) and self.double():
+            return
         kind = self.pair()
         if name == "MUL" and kind == "i" and factor in (3, 5, 9):
             # One address computation where the processor has them, instead of a multiplication.
@@ -62,6 +64,19 @@ class ArithmeticWriter(StackWriter):
         else:
             self.line(f"i64.{INT_OPERATOR[name]}")
         self.push(kind)
+
+    def double(self) -> bool:
+        """Twice a float, as a sum: the same, and needs no constant. False if it is an int."""
+        right, left = self.take(), self.take()
+        x = left if left[0].constant is None else right
+        if x[0].type != "f" or x[0].constant is not None:
+            self.stack += [left[0], right[0]]
+            return False
+        self.load(*x, "f")
+        self.load(*x, "f")
+        self.line("f64.add")
+        self.push("f")
+        return True
 
     def compare(self, each: Instruction) -> None:
         kind = self.pair()

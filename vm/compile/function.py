@@ -48,16 +48,21 @@ class FunctionWriter(CheckedWriter):
             self.local("pc", "i32")
         return self.lines
 
-    def block(self, at: int) -> bool:
+    def block(self, at: int, short: str) -> bool | None:
         """Writes a block; see structure.Writer."""
         block = self.flow.graph.blocks[at]
         self.stack = [Entry(kind) for kind in block.types]
         self.at = block.start
-        self.charge(self.flow.plan.headers.get(block.start, 0))
+        self.charge(self.flow.plan.headers.get(block.start, 0), short)
         return self.straight(at)
 
-    def straight(self, at: int) -> bool:
-        """The instructions of a block."""
+    def refill(self, at: int) -> None:
+        """What a loop does when it is short of gas; see structure.Writer."""
+        self.at = self.flow.graph.blocks[at].start
+        self.ask_again(self.flow.plan.headers[self.at], f"$l{at}")
+
+    def straight(self, at: int) -> bool | None:
+        """The instructions of a block; says what `block` says."""
         block = self.flow.graph.blocks[at]
         self.done = self.block_start = block.start
         self.block_end = block.end
@@ -70,14 +75,13 @@ class FunctionWriter(CheckedWriter):
             each = self.program.instructions[self.at]
             name = each.spec.name
             if name in ("JZ", "JNZ", "LOOP"):
-                self.condition(name)
-                return True
+                return self.condition(name)
             if name == "JMP":
                 self.settle()
             else:
                 WRITE[name](self, each)
         self.settle()
-        return False
+        return None
 
     def choose(self, yes: int | None, no: int | None, after: int) -> bool:
         """Both sides, then `select`; see structure.Writer."""
@@ -138,22 +142,24 @@ class FunctionWriter(CheckedWriter):
         is_int = before.spec.name == "PUSH" and isinstance(before.operand, int)
         return is_int and is_power(before.operand, I64_MAX)
 
-    def condition(self, name: str) -> None:
-        """Leaves the i32 that says whether the jump is taken."""
+    def condition(self, name: str) -> bool:
+        """Leaves an i32; whether the jump is taken if that is true, rather than if it is false.
+
+        The flag of a comparison stays as it is: the engine branches on it directly.
+        """
         if name == "LOOP":
             self.settle()
             self.loop_condition()
-            return
+            return True
         entry, depth = self.take()
         self.settle()
         if entry.flag:
             self.line(f"local.get $b{depth}")
-            if name == "JZ":
-                self.line("i32.eqz")
-            return
+            return name == "JNZ"
         self.load(entry, depth, entry.type)
         kind = WASM[entry.type]
         self.line(f"{kind}.const 0 {kind}.{'eq' if name == 'JZ' else 'ne'}")
+        return True
 
     def loop_condition(self) -> None:
         kind = self.context.verified.cells[0]

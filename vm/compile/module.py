@@ -28,7 +28,7 @@ from manifold.vm.valid import Flow, Verified
 from manifold.vm.valid.gas import clearing, written_arrays
 from manifold.vm.valid.verifier import first_argument
 
-COMPILER_VERSION = 2
+COMPILER_VERSION = 3
 
 # Everything the run keeps besides the program's cells and stack. Locals, unless functions share it.
 _WASM_VARIABLES = {

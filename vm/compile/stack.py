@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from manifold.vm.compile.layout import STOPPED
+from manifold.vm.compile.layout import OUTPUT_FULL, STOPPED
 from manifold.vm.syntax.isa import Fault
 from manifold.vm.valid import Flow, Verified
 
@@ -101,8 +101,8 @@ class StackWriter:
         """The local of stack entry `depth`."""
         return self.local(f"{kind}{depth}", WASM[kind])
 
-    def charge(self, cost: int) -> None:
-        """Pays `cost` of gas; asks the host when there is none left."""
+    def charge(self, cost: int, short: str = "") -> None:
+        """Pays `cost` of gas; with none left branches to `short`, or asks the host if it is ""."""
         if not cost:
             return
         self.get("gas")
@@ -111,20 +111,42 @@ class StackWriter:
             self.line("global.set $gas global.get $gas")
         else:
             self.line("local.tee $gas")
-        self.line("i64.const 0 i64.lt_s if")
+        self.line("i64.const 0 i64.lt_s")
+        if short:
+            self.line(f"br_if {short}")
+            return
+        self.line("if")
+        self.ask()
+        self.line("end")
+
+    def ask(self) -> None:
+        """The host gives more gas, or has this index left for good."""
         self.get("gas")
         self.line("call $yield")
         self.set("gas")
         self.get("gas")
         self.line("i64.const 0 i64.lt_s if")
         self.fail(STOPPED)
-        self.line("end end")
+        self.line("end")
+
+    def ask_again(self, cost: int, start: str) -> None:
+        """Where `charge(cost, short)` branches to: asks, and from `start` it is charged again."""
+        self.ask()
+        self.get("gas")
+        self.line(f"i64.const {cost} i64.add")
+        self.set("gas")
+        self.line(f"br {start}")
 
     def fail(self, code: int) -> None:
-        """Leaves this index for good."""
+        """Leaves this index for good.
+
+        Only a program's own faults show the cells: what ends otherwise, as every loop may when it
+        asks for gas, goes where no cell is wanted, so that a cell needs no place to be kept in
+        only for that.
+        """
         place = "global" if "fault" in self.context.shared else "local"  # the same on every side
         self.line(f"i64.const {self.at << 4 | code} {place}.set $fault")
-        self.line("br $trap")
+        self.line("br $done" if self.is_main and code in (STOPPED, OUTPUT_FULL) else "br $trap")
 
     def fault_if(self, kind: Fault) -> None:
         """Traps if the i32 on the WebAssembly stack is not zero."""

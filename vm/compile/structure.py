@@ -27,8 +27,15 @@ class Writer(Protocol):
     def line(self, text: str) -> None:
         """Appends one line of text."""
 
-    def block(self, at: int) -> bool:
-        """Writes block `at`; True if it ends in a condition, then left as an i32."""
+    def block(self, at: int, short: str) -> bool | None:
+        """Writes block `at`; None if it ends in no condition.
+
+        Else it leaves an i32, and the block's jump is taken if that is true (or false, as it says).
+        `short` is the label to branch to when its gas runs out; "" has it find more right there.
+        """
+
+    def refill(self, at: int) -> None:
+        """Finds more gas for the loop whose header is block `at`, and goes there again."""
 
     def choose(self, yes: int | None, no: int | None, after: int) -> bool:
         """Writes a branch whose two sides meet in `after` without branching, if that is cheap.
@@ -73,12 +80,17 @@ def _nesting(graph: Graph) -> int:
     for at in range(len(graph.blocks)):
         above = graph.dominator[at]
         inside = depth[above] if at else 0
-        depth[at] = inside + len(children[at]) + (at in graph.parent) + 1
+        depth[at] = inside + len(children[at]) + 2 * (at in graph.parent) + 1
     return max(depth)
 
 
 def structured(graph: Graph, out: Writer) -> None:
-    """Ramsey's translation of a reducible graph."""
+    """Ramsey's translation of a reducible graph.
+
+    A loop finds more gas behind its body and then starts its header again. Were the call of the
+    host in the header, with the way through the loop leading on from it, then the engine would
+    have every value of the loop in memory there, to be loaded again in each round.
+    """
     merges = _merges(graph)
     children = _children(graph, merges)
     work: list[Task] = []
@@ -88,13 +100,13 @@ def structured(graph: Graph, out: Writer) -> None:
 
     def tree(at: int) -> None:
         is_loop = at in graph.parent
-        tasks: list[Task] = [f"loop $l{at}"] if is_loop else []
+        tasks: list[Task] = [f"loop $l{at}", f"block $g{at}"] if is_loop else []
         tasks += [f"block $b{each}" for each in reversed(children[at])]
         tasks.append(lambda: code(at))
         for each in children[at]:
             tasks += ["end", lambda each=each: tree(each)]  # type: ignore[misc]
         if is_loop:
-            tasks.append("end")
+            tasks += ["end", lambda: out.refill(at), "end"]
         later(tasks)
 
     def jump(at: int, to: int) -> str | None:
@@ -109,12 +121,13 @@ def structured(graph: Graph, out: Writer) -> None:
 
     def code(at: int) -> None:
         successors = graph.blocks[at].successors
-        if not out.block(at):
+        sense = out.block(at, f"$g{at}" if at in graph.parent else "")
+        if sense is None:
             later([go(at, to) for to in successors])
             return
-        yes, no = successors
+        yes, no = successors if sense else reversed(successors)
         taken, otherwise = jump(at, yes), jump(at, no)
-        sides = _diamond(graph, at)
+        sides = _diamond(graph, yes, no, at)
         if sides is not None and out.choose(*sides):
             later([go(at, sides[2])])
         elif taken:
@@ -133,7 +146,7 @@ def structured(graph: Graph, out: Writer) -> None:
             task()
 
 
-def _diamond(graph: Graph, at: int) -> tuple[int | None, int | None, int] | None:
+def _diamond(graph: Graph, yes: int, no: int, at: int) -> tuple[int | None, int | None, int] | None:
     """The two sides and the meeting point, if block `at` chooses between straight pieces.
 
     The meeting point must come later (it is no loop's header reached by a back edge from here).
@@ -145,7 +158,6 @@ def _diamond(graph: Graph, at: int) -> tuple[int | None, int | None, int] | None
         is_side = len(block.predecessors) == 1 and to > at and len(block.successors) == 1
         return block.successors[0] if is_side and block.successors[0] > to else None
 
-    yes, no = graph.blocks[at].successors
     if yes == no:
         return None
     after_yes, after_no = side(yes), side(no)
@@ -166,8 +178,9 @@ def dispatched(graph: Graph, out: Writer) -> None:
 
     def leaf(at: int) -> None:
         successors = graph.blocks[at].successors
-        if out.block(at):
-            yes, no = successors
+        sense = out.block(at, "")
+        if sense is not None:
+            yes, no = successors if sense else reversed(successors)
             out.line(f"if i32.const {yes} local.set $pc br $dispatch end")
             go(no)
         elif successors:

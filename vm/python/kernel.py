@@ -19,6 +19,7 @@ from manifold.vm.errors import InvalidProgram
 from manifold.vm.python.checker import check
 from manifold.vm.python.code import TOO_LARGE
 from manifold.vm.python.kinds import KernelBase, an, word
+from manifold.vm.python.slices import Slices
 from manifold.vm.python.source import read
 from manifold.vm.python.writer import write
 from manifold.vm.syntax.program import ARRAY_BYTES_MAX, I64_MAX, I64_MIN, Program
@@ -31,7 +32,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 MEMORY_BYTES_MAX = ARRAY_BYTES_MAX + (16 << 20)  # all arrays a program may have, and the buffers
-GAS_SLICE = 2_500_000  # about 5 ms: so often a Ctrl-C is seen
 
 
 @overload
@@ -158,8 +158,9 @@ def _run(program: Program, arguments: list[int | float]) -> list[int | float]:
             _machine = Machine(MEMORY_BYTES_MAX)
             atexit.register(_machine.close)
         unit = _machine.load(program, "collect")
+        slices = Slices(time.perf_counter)
         partial = unit.run(
-            0, 1, gas=GAS_SLICE, on_yield=lambda _: GAS_SLICE, on_sleep=time.sleep,
+            0, 1, gas=slices.start(), on_yield=slices.more, on_sleep=time.sleep,
             arguments=arguments,
         ).partial  # fmt: skip
     entries = finish("collect", partial, 0, 1)
