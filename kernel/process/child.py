@@ -31,6 +31,8 @@ RETRY_S = 0.2  # after the zygote could not fork
 RETRIES_MAX = 50  # 10 s: a zygote that is restarted is back in one
 EXIT_S = 1.0  # from the end of a process until the zygote has told how; it reaps at once
 
+ENDED = "its process ended"
+
 T = TypeVar("T")
 
 
@@ -63,6 +65,7 @@ class Child(Generic[T]):
         self._retries = 0
         self._writing = False
         self._over = False
+        self._code: int | None = None  # how it ended, once that is known
         self._ending: asyncio.TimerHandle | None = None
         self._retry: asyncio.TimerHandle | None = None
         self._forking: socket.socket | None = None  # where the zygote will answer
@@ -140,9 +143,9 @@ class Child(Generic[T]):
         except Closed:
             self._loop.remove_reader(self._channel.socket)
             if self._watch and (self._exiting or self._forking):  # how it ended is on its way
-                self._ending = self._loop.call_later(EXIT_S, self._lose, "its process ended", None)
+                self._ending = self._loop.call_later(EXIT_S, self._lose, ENDED, None)
             else:
-                self._lose("its process ended", None)
+                self._lose(ENDED, self._code)
             return
         except PeerError as error:
             self.signal(signal.SIGKILL)
@@ -157,13 +160,13 @@ class Child(Generic[T]):
         assert self._exiting is not None
         connection, self._exiting = self._exiting, None
         self._loop.remove_reader(connection)
-        code = read_exited(connection)
+        self._code = read_exited(connection)
         here = select.poll()
         here.register(self._channel.socket, select.POLLIN)
         # What it said before it ended; children of its own may hold the channel open.
         while not self._over and self._ending is None and here.poll(0):
             self._readable()
-        self._lose("its process ended", code)
+        self._lose(ENDED, self._code)
 
     def signal(self, number: int) -> None:
         """C2."""

@@ -209,7 +209,7 @@ def test_a_run_that_is_aborted_may_clean_up_and_then_ends(zygote: Path, tmp_path
     async def test(pool: TaskPool, told: Told) -> None:
         pool.compute(0, calls(1, work, str(tmp_path)))
         async with asyncio.timeout(PATIENCE_S):
-            while not (tmp_path / "begun").exists():
+            while not (pool.every_pid() and (tmp_path / "begun").exists()):
                 await asyncio.sleep(0)
         (pid,) = pool.every_pid()
         pool.abort(1)
@@ -343,7 +343,7 @@ def test_closing_kills_what_calls_have_started(zygote: Path, tmp_path: Path) -> 
     async def test(pool: TaskPool, told: Told) -> None:
         pool.compute(0, calls(1, work, str(tmp_path)))
         async with asyncio.timeout(PATIENCE_S):
-            while not (tmp_path / "pid").exists():
+            while not (pool.every_pid() and (tmp_path / "pid").exists()):
                 await asyncio.sleep(0)
         pids.extend([*pool.every_pid(), int((tmp_path / "pid").read_text())])
 
