@@ -58,6 +58,15 @@ def clear_folder(folder: Path) -> None:
                 path.unlink()
 
 
+def clear_spool(spool: Path, runtime: Path) -> None:
+    """What clients have left that were killed together with the node that would have cleared it."""
+    if not spool.is_dir():
+        return
+    for folder in spool.iterdir():
+        if not answers(runtime / f"c{folder.name[2:]}.c"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def answers(path: Path) -> bool:
     """Whether somebody listens at a socket."""
     try:

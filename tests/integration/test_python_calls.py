@@ -498,6 +498,20 @@ def test_what_a_client_has_begun_ends_with_it(
     until(lambda: not list(spool.iterdir()), "what it left is taken away")
 
 
+def test_what_clients_and_their_cluster_left_when_both_were_killed_goes_with_the_next_one(
+    start: Callable[..., TestCluster],
+) -> None:
+    cluster = start(1)
+    spool = places.spool_dir(cluster.name, cluster.environ)
+    cluster.close()
+    (spool / ("C-" + "0" * 16)).mkdir(parents=True)
+    again = TestCluster(1, cluster.environ)
+    try:
+        assert list(spool.iterdir()) == []
+    finally:
+        again.close()
+
+
 def test_python_functions_can_be_off_while_programs_run(
     start: Callable[..., TestCluster],
 ) -> None:

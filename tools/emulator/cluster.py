@@ -58,6 +58,7 @@ async def up(
     lock = record.Lock(places.cluster_dir(config.cluster, environ))
     refuse_taken(lock, count, runtime)
     try:
+        remains.clear_spool(places.spool_dir(config.cluster, environ), runtime)
         remains.clear_folder(runtime)  # who was killed may have left it
         runtime = places.runtime_dir(config.cluster, environ)
         agents = [str(path)[:-2] for path in sorted(runtime.glob("*.d"))]
@@ -98,6 +99,7 @@ def down(cluster: str, environ: Mapping[str, str]) -> bool:
                 f"See who holds {folder / 'supervisor.lock'}.",
             )
     runtime = places.runtime_path(cluster, environ)
+    remains.clear_spool(places.spool_dir(cluster, environ), runtime)
     if os.path.isdir(runtime):
         remains.clear_folder(runtime)
     throttle.remove_all(runtime.name)
