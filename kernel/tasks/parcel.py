@@ -134,10 +134,8 @@ def is_plain(value: Any, depth: int = 0) -> bool:
         return False
     if len(items) > PLAIN_ITEMS_MAX:
         return False
-    for each in items:  # a loop: this is done for every call
-        if type(each) not in _PLAIN and not is_plain(each, depth + 1):
-            return False
-    return True
+    kinds = set(map(type, items)) - _PLAIN  # usually none is left: this is done for every call
+    return not kinds or all(is_plain(each, depth + 1) for each in items)
 
 
 def _aligned(sizes: Iterable[int]) -> list[int]:

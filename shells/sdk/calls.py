@@ -209,6 +209,8 @@ class Calls:
             future.job, future.alone = job.job, len(calls) == 1
         self._flying[job.job] = batch
         self._client.jobs_of.start(job)
+        if len(calls) == 1 and calls[0][2].cancelled():  # between queue and job, by another thread
+            self._client.jobs_of.kill(job.job)
 
     def landed(self, batch: _Batch) -> None:
         """A lane is free."""

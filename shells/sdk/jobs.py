@@ -33,6 +33,7 @@ ASK_TIMEOUT_MS = 1500.0
 RESUBMITS_MAX = 20
 LOST_S = 5.0  # with no node that answers: a supervisor starts a node again within a second
 REATTACH_S = 0.25
+KILLS_MAX = 3  # at ten seconds each
 
 
 def new_job() -> str:
@@ -129,10 +130,13 @@ class Jobs:
         task.add_done_callback(self._tasks.discard)
 
     async def _kill(self, name: str) -> None:
-        try:
-            await self._connection.request(KillJob(name))
-        except ManifoldError:
-            return  # it has ended, or its owner has: either way it does not run
+        for _ in range(KILLS_MAX):
+            try:
+                await self._connection.request(KillJob(name))
+            except ManifoldError as error:
+                if error.code in ("maybe", "unavailable"):
+                    continue
+            return  # or it has ended, or its owner has: either way it does not run
 
     # -- one job ------------------------------------------------------------------------------
 
