@@ -128,7 +128,7 @@ class Door:
             return
         self._tried_s = now_s
         for client, address in self._bus.clients():
-            if not sockets.listens(sockets.url(address, Plane.CONTROL)):
+            if not sockets.listens(sockets.url(address, Plane.CONTROL), sockets.PUSHER):
                 self._bus.forget(client)
 
     def _proved(self, address: str) -> bool:

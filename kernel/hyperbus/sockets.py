@@ -24,6 +24,10 @@ NNG_THREADS = 1  # of each kind; two task threads are nng's own least
 RECONNECT_MS_MIN = 20
 RECONNECT_MS_MAX = 1000
 
+# How the end of a connection begins that requests, and one that pushes: "SP", version, protocol.
+REQUESTER, PUSHER = b"\0SP\0\0\x30\0\0", b"\0SP\0\0\x50\0\0"
+GREETING_S = 0.05
+
 DOOR = "door"
 T = TypeVar("T", pynng.Pull0, pynng.Push0)
 _ENDING = {DOOR: ".d", Plane.CONTROL: ".c", Plane.DATA: ".a"}
@@ -109,7 +113,7 @@ def asker(dial: str, timeout_ms: float) -> pynng.Req0:
     It dials without waiting: nng's own wait for a process that is stopped is 20 s, whatever the
     timeouts of the socket.
     """
-    if not listens(dial):
+    if not listens(dial, REQUESTER):
         raise pynng.ConnectionRefused("nobody listens there", errno.ECONNREFUSED)
     timeout = int(timeout_ms)
     return pynng.Req0(
@@ -117,14 +121,18 @@ def asker(dial: str, timeout_ms: float) -> pynng.Req0:
     )
 
 
-def listens(url: str) -> bool:
-    """Whether somebody listens at a socket of this host. Does not wait."""
+def listens(url: str, greeting: bytes) -> bool:
+    """Whether somebody listens at a socket of this host. Waits `GREETING_S` at most."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)  # connecting on one host ends at once, either way
         try:
             probe.connect(url.removeprefix("ipc://"))
-        except BlockingIOError:
-            return True  # its queue is full
+            # A connection that ends without a greeting makes nng refuse others for 100 ms.
+            probe.settimeout(GREETING_S)
+            probe.sendall(greeting)
+            probe.recv(len(greeting))
+        except (BlockingIOError, TimeoutError):
+            return True  # its queue is full, or it is stopped
         except OSError:
             return False
     return True

@@ -38,6 +38,7 @@ class Caller:
         self._spool = spool
         self._printed = printed
         self._functions: OrderedDict[Kid, Any] = OrderedDict()
+        self._codes: dict[Kid, bytes] = {}  # of functions that were not called yet, or not read
         self._broken: Value | None = None
 
     def prepare(self, session: Session) -> None:
@@ -92,17 +93,22 @@ class Caller:
     def _function(self, calls: Calls, folder: str) -> Any:
         function = self._functions.get(calls.function)
         if function is None:
-            function = unpack(decoded(calls.code), folder)
+            function = unpack(decoded(self._codes[calls.function]), folder)
             self._functions[calls.function] = function
+            del self._codes[calls.function]
         return function
 
-    def remember(self, calls: Calls) -> Calls:
-        """Keep the code of a function until it is first called; forget the oldest."""
+    def remember(self, calls: Calls) -> None:
+        """The node sends the code of a function once: it is kept until the function is read."""
         if calls.function in self._functions:
             self._functions.move_to_end(calls.function)
+        elif calls.code:
+            self._codes.pop(calls.function, None)
+            self._codes[calls.function] = calls.code
         while len(self._functions) > FUNCTIONS_MAX:
             self._functions.popitem(last=False)
-        return calls
+        while len(self._codes) > FUNCTIONS_MAX:
+            del self._codes[next(iter(self._codes))]
 
     def _failed(self, error: BaseException, folder: str, began_s: float) -> Value:
         busy_ms = 1000 * (time.perf_counter() - began_s) if began_s else 0.0

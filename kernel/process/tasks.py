@@ -83,7 +83,8 @@ class TaskProcess:
             if not prepared:
                 self._caller.prepare(calls.session)
                 prepared = True
-            self._serve(self._caller.remember(calls))
+            self._caller.remember(calls)
+            self._serve(calls)
             del calls
 
     def _serve(self, calls: Calls) -> None:

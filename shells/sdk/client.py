@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import wait
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -71,6 +73,7 @@ class Client:
         self._pending: deque[tuple[Program, int, tuple[Number, ...], Future]] = deque()
         self._pending_lock = threading.Lock()
         self._calls: Calls | None = None
+        self._queues: weakref.WeakSet[Calls] = weakref.WeakSet()
         self._folder: Path | None = None
         self.connection = Connection(self.cluster, self.environ, self._pushed, node)
         self.jobs_of = Jobs(self.connection)
@@ -92,7 +95,10 @@ class Client:
     def close(self) -> None:
         """Leave the cluster; what it computes for us alone ends, what was detached goes on."""
         if not self.connection.closed:
-            self.connection.loop.call_soon_threadsafe(self.jobs_of.stop)
+            for calls in list(self._queues):
+                calls.close()
+                calls.cancel_pending()
+            self.connection.call(self.jobs_of.stop())
         self.connection.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -171,12 +177,8 @@ class Client:
         """The future's result; a `KeyboardInterrupt` cancels its job."""
         try:
             with shown(progress) as show:
-                while show is not None and not future.done():
-                    try:
-                        return future.result(PROGRESS_S)
-                    except TimeoutError:
-                        if not future.done():
-                            show(future)
+                while show is not None and not wait((future,), PROGRESS_S).done:
+                    show(future)
             return future.result()
         except KeyboardInterrupt:
             self._kill_now(future)
@@ -204,9 +206,11 @@ class Client:
         """A queue of calls with task processes of its own: what is beneath `Executor`."""
         from manifold.shells.sdk.calls import Calls
 
-        return Calls(
+        calls = Calls(
             self, workers=workers, initializer=initializer, initargs=initargs, demand=demand
         )
+        self._queues.add(calls)
+        return calls
 
     def own_calls(self) -> Calls:
         """Those of `submit`, `map` and `reduce`: their futures can be cancelled while they run."""
@@ -214,6 +218,7 @@ class Client:
 
         if self._calls is None:
             self._calls = Calls(self, lenient=True)
+            self._queues.add(self._calls)
         return self._calls
 
     def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future:

@@ -33,6 +33,7 @@ ASK_TIMEOUT_MS = 1500.0
 RESUBMITS_MAX = 20
 LOST_S = 5.0  # with no node that answers: a supervisor starts a node again within a second
 REATTACH_S = 0.25
+CLOSED = "The client was closed before the job ended."
 KILLS_MAX = 3  # at ten seconds each
 
 
@@ -106,19 +107,32 @@ class Jobs:
         self._connection = connection
         self._jobs: dict[str, Job] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._stopped = False
 
     def start(self, job: Job) -> None:
         """Submit a job, now, and see it through."""
+        if self._stopped:
+            job.awaited.failed(Unavailable(CLOSED))
+            return
         lend()  # a call that submits is going to wait: somebody else may have its slot
         self._jobs[job.job] = job
         job.answer = self._connection.ask_now(job.submission, ASK_TIMEOUT_MS)
         job.task = self._connection.loop.create_task(self._shepherd(job))
 
-    def stop(self) -> None:
-        """The client leaves: nobody waits any more."""
+    async def stop(self) -> None:
+        """The client leaves: nobody waits any more, and whoever did is told."""
+        self._stopped = True
+        tasks = list(self._tasks)
         for job in list(self._jobs.values()):
+            self._fail(job, Unavailable(CLOSED))
+            if job.answer is not None:
+                job.answer.cancel()
             if job.task is not None:
                 job.task.cancel()
+                tasks.append(job.task)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def kill(self, name: str) -> None:
         """Cancel a job, without waiting for it."""
@@ -154,7 +168,7 @@ class Jobs:
         except ManifoldError as error:
             self._fail(job, error)
         except asyncio.CancelledError:
-            self._fail(job, Unavailable("The client was closed before the job ended."))
+            self._fail(job, Unavailable(CLOSED))
             raise
         finally:
             self._jobs.pop(job.job, None)

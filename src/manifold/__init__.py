@@ -122,3 +122,5 @@ def __getattr__(name: str) -> Any:
 
 
 sys.modules[__name__].__class__ = _Package
+if "joblib.parallel" in sys.modules:  # who has joblib finds our backend there
+    importlib.import_module("manifold.joblib")

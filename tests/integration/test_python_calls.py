@@ -23,6 +23,7 @@ from manifold.tools.emulator.testing import TestCluster
 
 CLASSES = "classes:\n  server: {count: 2, cores: 2, memory: 2GiB}\n"
 PATIENCE_S = 60.0
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -510,6 +511,24 @@ def test_what_clients_and_their_cluster_left_when_both_were_killed_goes_with_the
         assert list(spool.iterdir()) == []
     finally:
         again.close()
+
+
+def test_closing_a_client_tells_everybody_who_still_waits(
+    cluster: TestCluster, tmp_path: Path
+) -> None:
+    def wait(path: Path) -> None:
+        while not path.exists():
+            os.sched_yield()
+
+    client = cluster.client()
+    futures = [client.submit(wait, tmp_path / "never") for _ in range(20)]
+    futures.append(client.job(ROOT / "examples" / "forever.ent", 0, 10))
+    client.close()
+    for future in futures:
+        with pytest.raises((manifold.Unavailable, concurrent.futures.CancelledError)):
+            future.result(PATIENCE_S)
+    with pytest.raises((manifold.Unavailable, RuntimeError)):
+        client.submit(abs, 1)
 
 
 def test_python_functions_can_be_off_while_programs_run(
