@@ -1,6 +1,5 @@
 """Pi by the Monte Carlo method: how many of 10^7 points in a square fall into the quarter circle.
 
-    manifold up                          in another terminal
     python examples/pi.py                prints 3.141026, on any machines
 
 Each index throws 1000 points. The random numbers are a generator that starts from the index, so the
@@ -38,7 +37,7 @@ def hits(index: int) -> int:
 
 
 def main() -> None:
-    with manifold.connect() as m:
+    with manifold.connect(up=4) as m:
         total = m.parallel_for(hits, 0, INDICES, reduce="sum")
     print(4 * total / (INDICES * THROWS))
 

@@ -26,6 +26,12 @@ LO, HI = 1, 1_000_000
 EXPECTED = 131434272
 EXAMPLE = Path(__file__).parents[1] / "examples" / "collatz.ent"
 KILLS = 2
+# What to try next: a test runs exactly these lines.
+TRY = (
+    "import manifold",
+    "m = manifold.connect(up=4)",
+    "print(sum(m.map(lambda n: n * n, range(1000))))",
+)
 
 
 def say(text: str = "") -> None:
@@ -58,6 +64,8 @@ def main() -> int:
     say("\nnext:  .venv/bin/manifold up --nodes 16 --detach")
     say("       .venv/bin/manifold run examples/mandelbrot.ent --range 0:40 --json")
     say("       .venv/bin/manifold node ls;  .venv/bin/manifold down")
+    say("\nor paste three lines into .venv/bin/python:\n")
+    say("\n".join(f"    {line}" for line in TRY))
     return 0 if right else 1
 
 

@@ -16,7 +16,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "node": ("manifold.shells.verbs.cluster:node", "Nodes: ls, inspect."),
     },
     "work": {
-        "run": ("manifold.shells.verbs.work:run", "Run a program over a range of indices."),
+        "run": ("manifold.shells.verbs.run:run", "Run a program, a script or a WASI command."),
         "jobs": ("manifold.shells.verbs.work:jobs", "Jobs that run or ran."),
         "ps": ("manifold.shells.verbs.work:ps", "What every worker computes now."),
         "kill": ("manifold.shells.verbs.work:kill", "Cancel a job."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
+from manifold.kernel.errors import NoCluster
 from manifold.shells.sdk.progress import ProgressBar as ProgressBar
 from manifold.shells.sdk.progress import human_ms as human_ms
 
@@ -110,3 +112,19 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError("the last unit takes everything")
+
+
+def attached(context: click.Context, start: bool) -> Any:
+    """A client; with `start`, of a cluster that is started first where none runs."""
+    try:
+        return connect(context)
+    except NoCluster as error:
+        if not start:
+            raise NoCluster(
+                error.message, "Start one with `manifold up --detach`, or add --up."
+            ) from error
+    # `up` lives on a floor above; it is found by name, as the table of verbs finds it.
+    verbs = importlib.import_module("manifold.tools.emulator.verbs")
+    click.echo(f"starting cluster {cluster_name(context)!r} (`manifold down` ends it)", err=True)
+    verbs.start_detached(cluster_name(context))
+    return connect(context)

@@ -1,7 +1,7 @@
 """What Manifold is measured against: other frameworks, the C compiler, plain interpreters.
 
-Interface: `noop(name)` runs no-op tasks on `pool` (multiprocessing.Pool), `dask` or `ray`. Dask and
-Ray are installed, once, into virtual environments of their own under
+Interface: `noop(name)` runs no-op tasks on `pool` (multiprocessing.Pool), `joblib` (its loky),
+`dask` or `ray`. The last three are installed, once, into virtual environments of their own under
 `$XDG_CACHE_HOME/manifold/bench-<name>-<version>`; `say` is told what is installed, how it goes and
 how large it became. `gcc_collatz`, `cpython_collatz` and `seed_interpreter` are callables that
 time the same sum: the Collatz steps of 1 … n. What is missing raises `Absent` with the reason.
@@ -54,6 +54,7 @@ PEERS = {
         Peer("pool", "peer_pool.py"),
         Peer("dask", "peer_dask.py", "distributed", "2026.8.0"),
         Peer("ray", "peer_ray.py", "ray", "2.60.0"),
+        Peer("joblib", "peer_joblib.py", "joblib", "1.6.0"),
     )
 }
 
@@ -65,6 +66,7 @@ class Noop(msgspec.Struct, frozen=True):
     tasks_per_s: float
     round_trip_p50_ms: float
     version: str
+    batched_per_s: float = 0.0  # 0: it was not asked to
 
 
 class Timing(NamedTuple):
@@ -85,13 +87,18 @@ def noop(
     *,
     tasks: int = 5_000,
     trips: int = 300,
+    workers: int = 2,
+    batched: int = 0,
+    chunk: int = 1,
     environ: Mapping[str, str] = os.environ,
     say: Say = tell,
 ) -> Noop:
-    """Boot a two-worker cluster of the peer, run `tasks` at once, then `trips` one by one."""
+    """Boot a cluster of the peer, run `tasks` at once, then `trips` one by one, then `batched`
+    in batches of `chunk`."""
     peer = PEERS[name]
     python = Path(sys.executable) if not peer.package else environment(peer, environ, say)
-    command = [str(python), str(SCRIPTS / peer.script), str(tasks), str(trips)]
+    figures = map(str, (tasks, trips, workers, batched, chunk))
+    command = [str(python), str(SCRIPTS / peer.script), *figures]
     say(f"{name}: {tasks} no-op tasks, then {trips} round trips")
     with tempfile.TemporaryDirectory(prefix="mfb-") as folder:  # short: Ray's sockets live in it
         code, output = _run(command, RUN_TIMEOUT_S, _clean(environ, folder), Path(folder))

@@ -79,7 +79,7 @@ def holder(folder: Path) -> Record | None:
     """The record of the supervisor that lives and holds the lock, or None."""
     try:
         fd = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         return None if _try_lock(fd) else _living(fd)

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -17,18 +17,14 @@ import click
 
 from manifold.kernel import places
 from manifold.kernel.config import Config, load
-from manifold.kernel.durable import make_folder
 from manifold.kernel.errors import ManifoldError, NoCluster, Refused, Unavailable
-from manifold.kernel.hyperbus.faults import to_error
-from manifold.kernel.hyperbus.messages import Failure
 from manifold.kernel.process.remains import answers
 from manifold.shells.verbs.common import cluster_name, config_path, json_option, print_json
-from manifold.tools.emulator import cluster, record
+from manifold.tools.emulator import cluster, owned, record
 from manifold.tools.emulator.supervisor import Supervisor
 from manifold.vm.version import VERSION
 
 CONVERGE_S = 30.0
-DETACH_S = 40.0
 
 
 def _config(context: click.Context, file: str, sets: tuple[str, ...]) -> Config:
@@ -51,6 +47,8 @@ def _config(context: click.Context, file: str, sets: tuple[str, ...]) -> Config:
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override one key.")
 @click.option("--detach", is_flag=True, help="Return once it is up; `manifold down` ends it.")
 @click.option("--report-fd", type=int, default=-1, hidden=True)
+@click.option("--while-fd", type=int, default=-1, hidden=True, help="A pidfd: end when it does.")
+@click.option("--private", is_flag=True, hidden=True, help="In the end remove the state, too.")
 @json_option
 @click.pass_context
 def up(
@@ -60,10 +58,17 @@ def up(
     sets: tuple[str, ...],
     detach: bool,
     report_fd: int,
+    while_fd: int,
+    private: bool,
     as_json: bool,
 ) -> int:
     """Start a cluster on this machine, one process per node, and stay until Ctrl-C."""
-    config = _config(context, file, sets)
+    report = _Report(report_fd, as_json)
+    try:
+        config = _config(context, file, sets)
+    except ManifoldError as error:
+        report.failed(error)
+        raise
     folder = places.cluster_dir(config.cluster, os.environ)
     count = count or sum(kind.count for kind in config.classes)
     found = record.holder(folder)
@@ -78,8 +83,10 @@ def up(
         else:
             click.echo(_converged_line(event))
         return 0
-    report = _Report(report_fd, as_json)
-    return asyncio.run(_supervise(config, count, report))
+    status = asyncio.run(_supervise(config, count, report, while_fd))
+    if private:
+        shutil.rmtree(folder, ignore_errors=True)  # its last process has ended
+    return status
 
 
 def _say_up(name: str, found: record.Record, as_json: bool) -> None:
@@ -120,20 +127,28 @@ class _Report:
         elif self._as_json:
             print_json(fields)
 
+    def failed(self, error: ManifoldError) -> None:
+        """To the command that waits; a person is told by the command line itself."""
+        if self._fd >= 0:
+            told = {"code": error.code, "message": error.message, "next": error.next_step}
+            self.event(error=told)
 
-async def _supervise(config: Config, count: int, report: _Report) -> int:
+
+async def _supervise(config: Config, count: int, report: _Report, while_fd: int = -1) -> int:
     began_s = time.monotonic()
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stopped.set)
+    if while_fd >= 0:
+        loop.add_reader(while_fd, stopped.set)
     kinds = Counter(kind.name for _, kind in config.spread(count))
     classes = ", ".join(f"{n} {name}" for name, n in kinds.items())
     report.line(f"manifold {VERSION}: cluster {config.cluster!r}, {count} nodes ({classes})")
     try:
         supervisor = await cluster.up(config, count, os.environ, report.line)
     except ManifoldError as error:
-        report.event(error={"code": error.code, "message": error.message, "next": error.next_step})
+        report.failed(error)
         raise
     try:
         waiting = asyncio.ensure_future(supervisor.converged(CONVERGE_S))
@@ -174,33 +189,10 @@ def throttle_notice(supervisor: Supervisor) -> str:
 
 def start_detached(name: str, count: int | None = None, flags: list[str] | None = None) -> Any:
     """Start a supervisor of its own session and wait until its cluster has converged."""
-    read_fd, write_fd = os.pipe()
-    folder = places.cluster_dir(name, os.environ)
-    make_folder(folder)
     nodes = ["--nodes", str(count)] if count else []
-    command = [
-        sys.executable, "-m", "manifold", "--cluster", name, "up", *nodes, *(flags or []),
-        "--report-fd", str(write_fd),
-    ]  # fmt: skip
-    with (folder / "supervisor.log").open("ab") as log:
-        child = subprocess.Popen(
-            command, pass_fds=(write_fd,), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            start_new_session=True,
-        )  # fmt: skip
-    os.close(write_fd)
-    with os.fdopen(read_fd) as events:
-        line = events.readline()
-    if not line:
-        child.wait()
-        raise Unavailable(
-            "The supervisor ended before its nodes were up.", f"Read {folder / 'supervisor.log'}."
-        )
-    event = json.loads(line)
-    if "error" in event:
-        child.wait()
-        error = event["error"]
-        raise to_error(Failure(error["code"], error["message"], error["next"]))
-    child.returncode = 0  # it goes on without us: no warning that it still runs
+    folder = places.cluster_dir(name, os.environ)
+    process, event = owned.launch(name, [*nodes, *(flags or [])], folder, os.environ)
+    process.returncode = 0  # it goes on without us: no warning that it still runs
     return event
 
 

@@ -1,4 +1,4 @@
-"""No-op tasks through Ray with two processors. Arguments: tasks, round trips."""
+"""No-op tasks through Ray. Arguments: as the package says."""
 
 import json
 import statistics
@@ -10,12 +10,17 @@ def noop(value: int) -> int:
     return value
 
 
+def noops(values: range) -> list[int]:
+    """A batch, as Ray's documentation has its users write it."""
+    return [noop(value) for value in values]
+
+
 def main() -> None:
-    tasks, trips = int(sys.argv[1]), int(sys.argv[2])
+    tasks, trips, workers, batched, chunk = map(int, sys.argv[1:6])
     begin = time.perf_counter()
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         remote = ray.remote(noop)
         ray.get(remote.remote(-1))
@@ -28,6 +33,13 @@ def main() -> None:
             begin = time.perf_counter()
             ray.get(remote.remote(number))
             times.append(time.perf_counter() - begin)
+        batch = ray.remote(noops)
+        chunks = [range(at, min(at + chunk, batched)) for at in range(0, batched, chunk)]
+        rates = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            assert sum(map(len, ray.get([batch.remote(each) for each in chunks]))) == batched
+            rates.append(batched / (time.perf_counter() - begin))
     finally:
         ray.shutdown()
     print(
@@ -36,6 +48,7 @@ def main() -> None:
                 "boot_s": boot_s,
                 "tasks_per_s": tasks / tasks_s,
                 "round_trip_p50_ms": statistics.median(times) * 1000,
+                "batched_per_s": statistics.median(rates),
                 "version": ray.__version__,
             }
         )
