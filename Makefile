@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SEED   ?= 1
 NODES  ?= 100
-BENCH  ?= collatz-vm collatz-cluster boot idle noop placement overlay python-kernel
+BENCH  ?= collatz-vm collatz-cluster boot idle noop placement overlay python-kernel map-noop
 
 .PHONY: demo test check sim bench picture clean setup
 .DEFAULT_GOAL := demo

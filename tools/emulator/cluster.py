@@ -6,6 +6,7 @@ is running. `down` ends whatever supervises a cluster and returns once nothing o
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from collections.abc import Callable, Mapping
@@ -40,6 +41,17 @@ def node_spec(
         seeds, zygote, cgroup, kind.cores, kind.compute, kind.memory, kind.bandwidth, kind.latency,
         kind.gpu,
     )  # fmt: skip
+
+
+def sharing_this_machine(config: Config, count: int) -> Config:
+    """`count` nodes of one class that have this machine's cores and memory between them, unslowed:
+    what a program wants that starts a cluster for its own work."""
+    cores = max(1, len(os.sched_getaffinity(0)) // count)
+    total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    kind = NodeClass(
+        "local", count, cores, 1.0, max(config.tasks.memory, total_bytes // count), latency=0.0
+    )
+    return dataclasses.replace(config, classes=(kind,))
 
 
 async def up(

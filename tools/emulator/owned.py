@@ -80,6 +80,8 @@ class Owned:
 def start(count: int, cluster: str = "", environ: Mapping[str, str] = os.environ) -> Owned:
     """Bring up `count` nodes that end with this process; private where `cluster` is empty.
 
+    They share this machine whole, unless a manifold.yaml in the working folder has other classes.
+
     Raises `Refused` where a cluster of that name is being supervised, `ConfigError` where the
     configuration of this folder is not accepted, `Unavailable` where the nodes do not come up.
     """
@@ -88,7 +90,8 @@ def start(count: int, cluster: str = "", environ: Mapping[str, str] = os.environ
     if not cluster:
         _sweep(folder.parent)
     ending = os.pidfd_open(os.getpid())  # O1
-    flags = ["--nodes", str(count), "--while-fd", str(ending), *([] if cluster else ["--private"])]
+    flags = ["--nodes", str(count), "--while-fd", str(ending), "--whole"]
+    flags += [] if cluster else ["--private"]
     try:
         process, _ = launch(name, flags, folder, environ, (ending,))
     except ManifoldError as error:

@@ -49,6 +49,7 @@ def _config(context: click.Context, file: str, sets: tuple[str, ...]) -> Config:
 @click.option("--report-fd", type=int, default=-1, hidden=True)
 @click.option("--while-fd", type=int, default=-1, hidden=True, help="A pidfd: end when it does.")
 @click.option("--private", is_flag=True, hidden=True, help="In the end remove the state, too.")
+@click.option("--whole", is_flag=True, hidden=True, help="Nodes share this machine, unslowed.")
 @json_option
 @click.pass_context
 def up(
@@ -60,12 +61,15 @@ def up(
     report_fd: int,
     while_fd: int,
     private: bool,
+    whole: bool,
     as_json: bool,
 ) -> int:
     """Start a cluster on this machine, one process per node, and stay until Ctrl-C."""
     report = _Report(report_fd, as_json)
     try:
         config = _config(context, file, sets)
+        if whole and count and config_path(file) is None:
+            config = cluster.sharing_this_machine(config, count)
     except ManifoldError as error:
         report.failed(error)
         raise
