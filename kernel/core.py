@@ -53,7 +53,9 @@ class Core:
             me, config.membership, random, incarnation=incarnation, seeds=seeds, known=known
         )
         self.geode = Geode(me.kid, config.geode, random)
-        self.scheduler = Scheduler(me.kid, config.scheduler, self.geode, me.cores, me.boot)
+        self.scheduler = Scheduler(
+            me.kid, config.scheduler, self.geode, me.cores, me.boot, me.memory_bytes
+        )
         self._boots: dict[Kid, int] = {}
         self._due = {"membership": float("inf"), "scheduler": float("inf")}
 

@@ -50,10 +50,17 @@ class Scheduler:
     """See the module."""
 
     def __init__(
-        self, me: Kid, config: SchedulerConfig, geode: Geode, slots: int, boot: int = 0
+        self,
+        me: Kid,
+        config: SchedulerConfig,
+        geode: Geode,
+        slots: int,
+        boot: int = 0,
+        memory_bytes: int = 0,
     ) -> None:
         self.geode = geode
         self.owner = Owner(me, config, geode, boot)
+        self.owner.shelf.memory_bytes = memory_bytes
         self.runner = Runner(me, config, slots)
         self._owner_due_ms = float("inf")
         self._runner_due_ms = float("inf")

@@ -137,6 +137,18 @@ def test_arguments_count_as_held_until_the_job_ends(monkeypatch: pytest.MonkeyPa
     assert owner.shelf.held_bytes == value(0).nbytes
 
 
+def test_results_of_ended_jobs_give_way_before_half_of_a_small_nodes_memory_is_taken() -> None:
+    owner = owner_of()
+    owner.shelf.memory_bytes = 2 * 300_000
+    large = Value(Parcel(b"x" * 100_000))
+    for number in range(1, 6):
+        message = submission(1, f"J-{number:016x}")
+        ((node, given),) = assigned(owner.submit("C-1", message, float(number))[1])
+        owner.receive(node, report(given, [large], running=False), float(number))
+    assert [owner.shelf.jobs[name].state for name in owner.shelf.jobs] == ["done"] * 2
+    assert owner.shelf.held_bytes <= 300_000
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
