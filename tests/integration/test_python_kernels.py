@@ -57,8 +57,8 @@ def test_parallel_for_takes_a_kernel(client: manifold.Client) -> None:
 
 def test_submit_takes_a_kernel_and_its_arguments(client: manifold.Client) -> None:
     pixels = [1000, 6000, 9000]
-    futures = [client.submit(mandelbrot.escape_steps, pixel, 120) for pixel in pixels]
-    expected = [mandelbrot.escape_steps(pixel, 120) for pixel in pixels]
+    futures = [client.submit(mandelbrot.escape, pixel, 120) for pixel in pixels]
+    expected = [mandelbrot.escape(pixel, 120) for pixel in pixels]
     assert [future.result(30) for future in futures] == expected
 
 
