@@ -9,9 +9,9 @@ are run as they are; only what their scripts import is renamed, since those name
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import importlib.util
-import gc
 import inspect
 import multiprocessing
 import os
