@@ -156,7 +156,8 @@ class Decision(msgspec.Struct, frozen=True, array_like=True, tag="g.decision"):
         known = "learned" if each.learned else f"shortfall {each.distance:.3f}"
         passed = "" if each.sampled else ", not sampled"
         return (
-            f"  {mark} {each.alias:<16} {each.finish_ms:>9.1f} ms  queue {round(each.queued_gas):.4g} gas,"
+            f"  {mark} {each.alias:<16} {each.finish_ms:>9.1f} ms"
+            f"  queue {round(each.queued_gas):.4g} gas,"
             f" {each.slots} x {each.slot_gas_per_s:.4g} gas/s ({known}), {age}, at (compute"
             f" {each.compute:.2f}, memory {each.memory:.2f}, bandwidth {each.bandwidth:.2f},"
             f" latency {each.latency:.2f}){passed}"
