@@ -130,8 +130,8 @@ class Core:
     def client_gone(self, client: str, now_ms: float) -> list[Effect]:
         return self._close("scheduler", self.scheduler.client_gone(client, now_ms), now_ms)
 
-    def slot_lost(self, slot: int, reason: str, now_ms: float) -> list[Effect]:
-        return self._close("scheduler", self.scheduler.slot_lost(slot, reason, now_ms), now_ms)
+    def run_lost(self, slot: int, run: int, reason: str, now_ms: float) -> list[Effect]:
+        return self._close("scheduler", self.scheduler.run_lost(slot, run, reason, now_ms), now_ms)
 
     # -- effects ------------------------------------------------------------------------------
 

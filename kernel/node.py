@@ -459,9 +459,9 @@ class Node:
     def run_moved(self, slot: int, run: int, to: int) -> None:
         self.perform(self.core.run_moved(slot, run, to, self.now_ms()))
 
-    def slot_lost(self, slot: int, reason: str) -> None:
+    def run_lost(self, slot: int, run: int, reason: str) -> None:
         log.warning("slot %d: %s", slot, reason)
-        self.perform(self.core.slot_lost(slot, reason, self.now_ms()))
+        self.perform(self.core.run_lost(slot, run, reason, self.now_ms()))
 
     # -- clients ------------------------------------------------------------------------------
 

@@ -21,13 +21,15 @@ from typing import Any
 import msgspec
 
 from manifold.kernel.errors import ManifoldError
-from manifold.kernel.process.messages import OUTPUT_CHARS_MAX, Calls, Session, Value
+from manifold.kernel.process.messages import Calls, Session, Value
 from manifold.kernel.process.output import Printed
 from manifold.kernel.tasks.messages import Parcel
 from manifold.kernel.tasks.parcel import decoded, dumps, pack, unpack
 from manifold.vm.kid import Kid
 
 FUNCTIONS_MAX = 256  # kept by KID; the node remembers fewer
+# Of an exception. Together they stay in a message, whatever the characters: 4 bytes each at most.
+EXCEPTION_BYTES_MAX, MESSAGE_CHARS_MAX, TRACEBACK_CHARS_MAX = 64 << 10, 8 << 10, 32 << 10
 FRAMES_OWN = 1  # of a traceback: ours
 
 
@@ -128,11 +130,15 @@ def described(error: BaseException) -> tuple[bytes, str, str, str]:
     try:
         pickled = dumps(error)
         again = pickle.loads(pickled)
-        if type(again) is not kind or len(pickled) > OUTPUT_CHARS_MAX:
+        if type(again) is not kind or len(pickled) > EXCEPTION_BYTES_MAX:
             pickled = b""
     except Exception:
         pickled = b""  # the text says what it was
-    return pickled, name, str(error)[:OUTPUT_CHARS_MAX], text[-OUTPUT_CHARS_MAX:]
+    try:
+        message = str(error)
+    except Exception as unsaid:
+        message = f"(its message raised {type(unsaid).__name__})"
+    return pickled, name, message[:MESSAGE_CHARS_MAX], text[-TRACEBACK_CHARS_MAX:]
 
 
 def _users(error: BaseException) -> TracebackType | None:

@@ -65,6 +65,7 @@ class Child(Generic[T]):
         self._retries = 0
         self._writing = False
         self._over = False
+        self._owed = 0  # a signal for one that is being forked
         self._code: int | None = None  # how it ended, once that is known
         self._ending: asyncio.TimerHandle | None = None
         self._retry: asyncio.TimerHandle | None = None
@@ -112,7 +113,9 @@ class Child(Generic[T]):
             self.signal(signal.SIGKILL)
             self._forget()
             connection.close()
-        elif self._watch:
+        elif self._owed:
+            self.signal(self._owed)
+        if self._watch and not self._over:
             self._exiting = connection
             self._loop.add_reader(connection, self._exited)
 
@@ -169,7 +172,9 @@ class Child(Generic[T]):
         self._lose(ENDED, self._code)
 
     def signal(self, number: int) -> None:
-        """C2."""
+        """C2. One that is being forked gets it when it is there."""
+        if not self.pid and not self._over:
+            self._owed = number
         if self._pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
@@ -186,6 +191,8 @@ class Child(Generic[T]):
 
     def _lose(self, reason: str, code: int | None) -> None:
         if not self._over:
+            if self._watch:  # it may only have closed its channel
+                self.kill_group()
             self.close()
             self._on_lost(reason, code)
 

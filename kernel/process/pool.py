@@ -53,7 +53,7 @@ class Events(Protocol):
 
     def run_ended(self, slot: int, run: int, fault: Fault | None) -> None: ...
 
-    def slot_lost(self, slot: int, reason: str) -> None: ...
+    def run_lost(self, slot: int, run: int, reason: str) -> None: ...
 
 
 @dataclass(slots=True)
@@ -138,7 +138,8 @@ class Pool:
         if self._workers.get(worker.slot) is worker:
             del self._workers[worker.slot]
             log.warning("worker %d (pid %d): %s", worker.slot, worker.child.pid, reason)
-            self._events.slot_lost(worker.slot, reason)
+            for run in list(worker.runs):  # none: it was idle, and the slot may be another's by now
+                self._events.run_lost(worker.slot, run, reason)
 
     def _kill(self, worker: _Worker, reason: str) -> None:
         worker.child.signal(signal.SIGKILL)

@@ -65,7 +65,7 @@ class Events(Protocol):
 
     def run_moved(self, slot: int, run: int, to: int) -> None: ...
 
-    def slot_lost(self, slot: int, reason: str) -> None: ...
+    def run_lost(self, slot: int, run: int, reason: str) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -173,13 +173,20 @@ class TaskPool:
     def _said(self, process: _Process, messages: list[FromTask]) -> None:
         told: list[Blocks] = []
         for message in messages:
+            if not self._in_turn(process, message, len(told)):
+                self._tell(process, told)
+                process.verdict = "it answered out of turn, as a forked copy of it would"
+                process.child.kill_group()
+                if not process.run:
+                    self._end(process)
+                return
             if isinstance(message, Blocks):
                 told.append(message)
                 continue
             self._tell(process, told)
             told = []
             match message:
-                case Limited(run=run, last=last):
+                case Limited(run=run, last=last) if run == process.run:
                     self._events.run_limited(process.slot, run, last)
                 case Ended(run=run):
                     self._ended(process, run)
@@ -187,9 +194,19 @@ class TaskPool:
                     self._park(process)
         self._tell(process, told)
 
+    def _in_turn(self, process: _Process, message: FromTask, untold: int) -> bool:
+        """A call that forks and returns in both gives two answers: none of it can be believed."""
+        match message:
+            case Blocks(run=run, first=first, results=results):
+                return run == process.run and first == process.next + untold and len(results) == 1
+            case Ended(run=run):
+                return run == process.run
+            case _:
+                return True
+
     def _tell(self, process: _Process, told: list[Blocks]) -> None:
         """Values that came together are told together."""
-        if not told or told[0].run != process.run:
+        if not told:
             return
         process.next = told[-1].first + len(told[-1].results)
         self._events.run_blocks(
@@ -244,7 +261,7 @@ class TaskPool:
         if process.aborted_s:
             self._events.run_ended(slot, run, None)
         elif not process.child.pid:
-            self._events.slot_lost(slot, reason)
+            self._events.run_lost(slot, run, reason)
         else:
             how = process.verdict or _how(code, reason)
             said = f"\nIts last words:\n{words.rstrip()}" if words.strip() else ""

@@ -66,6 +66,7 @@ class TaskProcess:
         self._last = 0
         self._lent = False
         self._leaving = False
+        self._pid = os.getpid()
         signal.signal(signal.SIGTERM, self._leave)
 
     def _leave(self, number: int, frame: types.FrameType | None) -> None:
@@ -95,6 +96,8 @@ class TaskProcess:
             value = self._caller.call(calls, calls.calls[block - calls.first])
             if self._leaving:
                 sys.exit(0)
+            if os.getpid() != self._pid:  # a copy that the call has forked: it does not answer
+                os._exit(0)
             gas = int(value.busy_ms * self._gas_per_ms)
             told = Blocks(calls.run, block, (value,), gas, value.busy_ms)
             block += 1

@@ -179,7 +179,10 @@ class Worker:
 
     def _command(self, command: Command, compute: Compute, block: int) -> Result:
         """One run of a WASI program: what it wrote, also where it trapped."""
-        line = _commands.decode(compute.commands[block - compute.first].data)
+        try:
+            line = _commands.decode(compute.commands[block - compute.first].data)
+        except (IndexError, msgspec.DecodeError) as error:
+            raise Trap("The program came without its arguments.", "Use the SDK.") from error
         self._block_gas = 0
         began_s = time.monotonic()
         try:

@@ -87,12 +87,14 @@ def request_fork(
 
 def read_forked(connection: socket.socket, *, watch: bool = False) -> int:
     """The pid of the child that was asked for on `connection`, closed unless it is watched."""
+    answer = b""
     try:
         answer = connection.recv(4096)
     except ConnectionResetError:
-        answer = b""
-    if not (watch and answer):
-        connection.close()
+        pass  # as an end without an answer
+    finally:
+        if not (watch and answer):
+            connection.close()
     if not answer:
         raise Unavailable("The process that forks workers ended.", "It is being restarted.")
     return msgspec.msgpack.decode(answer, type=Forked).pid
@@ -188,12 +190,21 @@ class Zygote:
     def _reap(self) -> None:
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 return
-            if pid == 0:
+            if ended is None:
                 return
+            self._kill_what_it_started(ended.si_pid)
+            pid, status = os.waitpid(ended.si_pid, 0)
             self._reaped(pid, status)
+
+    def _kill_what_it_started(self, pid: int) -> None:
+        """Of a watched child that led a group. It is not reaped yet: its number is its own."""
+        if self._children.get(pid) is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if os.getpgid(pid) == pid:
+                    os.killpg(pid, signal.SIGKILL)
 
     def _reaped(self, pid: int, status: int) -> None:
         watcher = self._children.pop(pid, None)

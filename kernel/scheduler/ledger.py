@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from manifold.kernel.process.messages import Fault, Result
 from manifold.kernel.scheduler import blocks
 from manifold.kernel.scheduler.messages import JobSpec, State
@@ -109,6 +111,11 @@ class Job:
     parcels: tuple[Parcel, ...] = ()  # one for each index, or none at all
     client: str = ""  # with whom it ends, unless it is detached
     detach: bool = False
+
+    def drop_program(self) -> None:
+        """It has ended: what was needed to run it is not needed to tell of it."""
+        self.parcels, self.ir = (), b""
+        self.spec = msgspec.structs.replace(self.spec, session=None)
 
     def cut(self, first: int, last: int) -> Shard:
         """A new shard over `[first, last)`, pending."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
+from manifold.kernel.errors import PeerError
 from manifold.kernel.process.messages import Fault, Result
 from manifold.kernel.scheduler import blocks
 from manifold.kernel.scheduler.ledger import Job
@@ -33,7 +34,8 @@ def reduce(job: Job) -> None:
     if job.spec.isolate or job.spec.reduce == "collect" or not job.blocks:
         return
     partials = [r for r in job.results if isinstance(r, Partial)]
-    assert len(partials) == job.blocks, "every block of a job that is done has a result"
+    if len(partials) != job.blocks:  # only a node that is broken, or not one of ours, reports such
+        raise PeerError("A node reported results that are none of a reduction.", "Run it again.")
     how = job.spec.reduce
     whole = blocks.tree_reduce(partials, lambda group: merge(how, list(group)))
     job.results = [whole]

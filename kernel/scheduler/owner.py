@@ -520,7 +520,7 @@ class Owner:
                 job.fault = Fault(error.code, error.message, error.next_step)
         if job.state != "done":
             job.results = []
-        job.parcels = ()
+        job.drop_program()
         self.jobs.pop(job.job, None)
         self._waiting.pop(job.job, None)
         self.shelf.put(job)

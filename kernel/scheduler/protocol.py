@@ -1,7 +1,7 @@
 """The scheduler of one node: owner of the jobs submitted here, runner of shards assigned here.
 
 Interface rules: `request` answers clients (and raises `ManifoldError` to refuse), `receive` takes
-what nodes say, the `run_…` and `slot_lost` events what workers did. Every call returns effects and
+what nodes say, the `run_…` events what workers did. Every call returns effects and
 ends with the `SetTimer` that is due. Pure: see `owner.py`, `runner.py`, `ledger.py`.
 """
 
@@ -169,8 +169,8 @@ class Scheduler:
     def client_gone(self, client: str, now_ms: float) -> list[Effect]:
         return self._close(self.owner.client_gone(client, now_ms), now_ms)
 
-    def slot_lost(self, slot: int, reason: str, now_ms: float) -> list[Effect]:
-        return self._close(self.runner.slot_lost(slot, reason, now_ms), now_ms)
+    def run_lost(self, slot: int, run: int, reason: str, now_ms: float) -> list[Effect]:
+        return self._close(self.runner.run_lost(slot, run, reason, now_ms), now_ms)
 
     def _why(self, task: str) -> WhyAnswer:
         exact = self.geode.why(task)

@@ -437,9 +437,9 @@ class Runner:
             effects += self._drop(attempt, now_ms)
         return effects + self._fill(now_ms)
 
-    def slot_lost(self, slot: int, reason: str, now_ms: float) -> list[Effect]:
-        """The worker process of `slot` is gone; the pool starts another when it is needed."""
-        attempt = self._running.get(slot)
+    def run_lost(self, slot: int, run: int, reason: str, now_ms: float) -> list[Effect]:
+        """The process that had the run is gone; the pool starts another when it is needed."""
+        attempt = self._run(slot, run)
         if attempt is None:
             return []
         self._leave_slot(attempt)

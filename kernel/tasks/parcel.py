@@ -39,7 +39,6 @@ PLAIN_DEPTH_MAX = 4
 PLAIN_ITEMS_MAX = 64
 
 _PLAIN = {int, float, str, bytes, bool, type(None), complex}
-_numbers = itertools.count(1)
 assert INLINE_BYTES_MAX <= PARCEL_BYTES_MAX
 
 
@@ -147,7 +146,7 @@ def _aligned(sizes: Iterable[int]) -> list[int]:
 
 
 def _write(folder: Path, parts: list[memoryview]) -> str:
-    name = f"p-{os.getpid()}-{next(_numbers)}"
+    name = f"p-{os.urandom(12).hex()}"
     path = folder / name
     starts = _aligned(part.nbytes for part in parts)
     try:

@@ -12,6 +12,7 @@ a call, nor its arguments, nor its result is kept here once its future is done.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pickle
 import sys
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from manifold.kernel.errors import ManifoldError
 from manifold.kernel.geode.messages import Demand
-from manifold.kernel.process.messages import Fault, Session, Value
+from manifold.kernel.process.messages import PATHS_MAX, SETUP_BYTES_MAX, Fault, Session, Value
 from manifold.kernel.scheduler.messages import JobSpec, JobStatus
 from manifold.kernel.tasks.messages import Parcel
 from manifold.kernel.tasks.parcel import dumps, pack, unpack
@@ -51,7 +52,9 @@ WEIGHT = 0.3  # of a newly seen time of a call
 FUNCTIONS_MAX = 1024  # whose times are remembered
 SLOTS_AGE_S = 5.0
 
-Call = tuple[Code, Parcel, Future]
+LANES_MAX = 512  # jobs under way: half of what may wait for one node
+
+Call = tuple[Code, Parcel, Future, Session]
 
 
 class Calls:
@@ -79,7 +82,14 @@ class Calls:
         self._folder = client.folder()
         self._functions = Functions(self._folder)
         setup = dumps((initializer, tuple(initargs))) if initializer else b""
-        self._session = _session(client.connection.identity, setup)
+        if len(setup) > SETUP_BYTES_MAX:
+            raise ValueError(
+                f"the initializer and its arguments take {len(setup)} bytes pickled, more than "
+                f"{SETUP_BYTES_MAX}: let the initializer load what is large"
+            )
+        self._setup = setup
+        self._place: tuple[str, tuple[str, ...]] | None = None
+        self._session = self._here()
         self._lock = threading.Lock()  # over what follows
         self._queue: deque[Call] = deque()
         self._woken = False
@@ -95,14 +105,14 @@ class Calls:
     def workers(self) -> int:
         """Calls that may run at a time."""
         if self._workers:
-            return self._workers
+            return min(self._workers, LANES_MAX)
         self._slots = _slots_of(self._client.nodes())
         return self._slots
 
     # -- any thread ---------------------------------------------------------------------------
 
     def submit(
-        self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+        self, function: Callable[..., Any] | Code, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Future:
         """Call `function` somewhere. What cannot be pickled is the future's exception."""
         if self._closed:
@@ -111,26 +121,45 @@ class Calls:
             raise BrokenExecutor(self.broken)
         future = Future("", self._client)
         try:
-            code = self._functions.code(function)
+            code = function if isinstance(function, Code) else self._functions.code(function)
             parcel = pack((tuple(args), dict(kwargs)), self._folder)
         except Exception as error:
             future.set_running_or_notify_cancel()
             future.set_exception(error)
             return future
         with self._lock:
-            self._queue.append((code, parcel, future))
+            self._queue.append((code, parcel, future, self._here()))
             wake, self._woken = not self._woken, True
         if wake:
             self._loop.call_soon_threadsafe(self._fill)
         return future
 
+    def code(self, function: Callable[..., Any]) -> Code:
+        """A function pickled now, for many calls; `submit` takes it in place of the function."""
+        return self._functions.code(function)
+
+    def _here(self) -> Session:
+        """This process, as its calls are to find it: another session where that has changed."""
+        place = _place()
+        if place != self._place:
+            self._place = place
+            identity = self._client.connection.identity
+            self._session = Session("S-" + os.urandom(8).hex(), identity, *place, self._setup)
+        return self._session
+
     def cancel_pending(self) -> None:
         """Q1: every call that was not sent."""
         with self._lock:
             queue, self._queue = self._queue, deque()
-        for _, _, future in queue:
+        for _, parcel, future, _ in queue:
             future.cancel()
-            future.set_running_or_notify_cancel()  # whoever waits for it is told
+            self._forget(parcel)
+
+    def _forget(self, parcel: Parcel) -> None:
+        """Q4: nobody will read the arguments any more."""
+        if parcel.path:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self._folder, parcel.path))
 
     def close(self, *, kill: bool = False) -> None:
         """Take no more calls; `kill` also ends those that run."""
@@ -149,7 +178,7 @@ class Calls:
         """Send batches while there are free lanes."""
         with self._lock:
             self._woken = False
-        lanes = self._workers or self._slots
+        lanes = min(self._workers or self._slots, LANES_MAX)
         while len(self._flying) < lanes:
             with self._lock:
                 batch = self._take(lanes - len(self._flying))
@@ -165,19 +194,17 @@ class Calls:
         taken: list[Call] = []
         size = nbytes = 0
         while self._queue:
-            code, parcel, future = self._queue[0]
+            code, parcel, future, session = self._queue[0]
             if taken and (
                 code.kid != taken[0][0].kid
+                or session is not taken[0][3]
                 or len(taken) >= size
                 or nbytes + parcel.nbytes > BATCH_BYTES_MAX
             ):
                 break
             call = self._queue.popleft()
-            if self._lenient:
-                if future.cancelled():
-                    future.set_running_or_notify_cancel()
-                    continue
-            elif not future.set_running_or_notify_cancel():
+            if future.cancelled() or not (self._lenient or future.begin()):
+                self._forget(parcel)
                 continue
             if not taken:
                 size = self._size(code.kid, 1 + len(self._queue), free)
@@ -199,18 +226,29 @@ class Calls:
         code = calls[0][0]
         spec = JobSpec(
             code.kid, 0, len(calls), "collect", (), True, (), 0.0, code.name, self._demand,
-            "python", self._workers > 0, "", self._session,
+            "python", self._workers > 0, "", calls[0][3],
         )  # fmt: skip
-        batch = _Batch(self, code.kid, [future for _, _, future in calls])
-        job = Job(spec, code.data, batch, parcels=tuple(parcel for _, parcel, _ in calls))
+        parcels = tuple(parcel for _, parcel, _, _ in calls)
+        batch = _Batch(self, code.kid, [future for _, _, future, _ in calls], parcels)
+        job = Job(spec, code.data, batch, parcels=parcels)
         batch.job = job.job
-        for future in batch.futures:
-            assert future is not None
-            future.job, future.alone = job.job, len(calls) == 1
+        for _, _, future, _ in calls:
+            future.job, future.on_cancel = job.job, batch.look
         self._flying[job.job] = batch
-        self._client.jobs_of.start(job)
-        if len(calls) == 1 and calls[0][2].cancelled():  # between queue and job, by another thread
-            self._client.jobs_of.kill(job.job)
+        try:
+            self._client.jobs_of.start(job)
+        except Exception as error:  # something in it cannot be sent
+            batch.failed(error)
+            return
+        batch.look()  # some may have been cancelled between queue and job, by other threads
+
+    def kill(self, job: str) -> None:
+        """End what a batch does: nobody waits for any of it."""
+        self._client.jobs_of.kill(job)
+
+    def forget(self, parcels: Sequence[Parcel]) -> None:
+        for parcel in parcels:
+            self._forget(parcel)
 
     def landed(self, batch: _Batch) -> None:
         """A lane is free."""
@@ -235,8 +273,9 @@ class Calls:
         self.broken = self.broken or why
         with self._lock:
             queue, self._queue = self._queue, deque()
-        for _, _, future in queue:
-            if future.set_running_or_notify_cancel():
+        for _, parcel, future, _ in queue:
+            self._forget(parcel)
+            if future.begin():
                 future.set_exception(BrokenExecutor(why))
 
     async def _count_slots(self) -> None:
@@ -254,8 +293,11 @@ class Calls:
 class _Batch(Awaited):
     """Calls that share a job."""
 
-    def __init__(self, calls: Calls, function: Kid, futures: Sequence[Future]) -> None:
+    def __init__(
+        self, calls: Calls, function: Kid, futures: Sequence[Future], parcels: Sequence[Parcel]
+    ) -> None:
         self.calls = calls
+        self._parcels = [parcel for parcel in parcels if parcel.path]
         self.function = function
         self.futures: list[Future | None] = list(futures)
         self.job = ""
@@ -265,16 +307,35 @@ class _Batch(Awaited):
             if future is not None:
                 future.status = status
 
+    def look(self) -> None:
+        """End the job where nobody waits for any of it."""
+        left = [future for future in self.futures if future is not None]
+        if left and all(future.cancelled() for future in left):
+            self.calls.kill(self.job)
+
     def some(self, first: int, results: Sequence[Any]) -> None:
         self._time(results)
         for at, result in enumerate(results, first):
             future, self.futures[at] = self.futures[at], None  # Q4
             if future is not None:
-                self._settle(future, result)
+                self._settle_surely(future, result)
             del future
+
+    def _settle_surely(self, future: Future, result: Any) -> None:
+        """Whatever the classes of results and exceptions do: who waits is told, and the next."""
+        future.on_cancel = None
+        try:
+            self._settle(future, result)
+        except BaseException as error:
+            _fail(future, error)
 
     def done(self, status: JobStatus, first: int, results: Sequence[Any]) -> None:
         self.some(first, results)
+        self._land()
+
+    def _land(self) -> None:
+        self.futures.clear()
+        self.calls.forget(self._parcels)
         self.calls.landed(self)
 
     def _time(self, results: Sequence[Any]) -> None:
@@ -310,15 +371,13 @@ class _Batch(Awaited):
         for future in self.futures:
             if future is not None:
                 _fail(future, error)
-        self.futures.clear()
-        self.calls.landed(self)
+        self._land()
 
     def cancelled(self) -> None:
         for future in self.futures:
             if future is not None:
                 cancel_here(future)
-        self.futures.clear()
-        self.calls.landed(self)
+        self._land()
 
 
 def _fail(future: Future, error: BaseException) -> None:
@@ -328,9 +387,14 @@ def _fail(future: Future, error: BaseException) -> None:
 def _print(value: Value) -> None:
     """What a call printed appears where it would have, had it run here."""
     for text, stream in ((value.stdout, sys.stdout), (value.stderr, sys.stderr)):
-        if text and stream is not None:
-            stream.write(text)
+        if not text or stream is None:
+            continue
+        try:
+            encoding = getattr(stream, "encoding", None) or "utf-8"
+            stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
             stream.flush()
+        except (OSError, ValueError):  # it is closed: nobody reads what a call prints
+            continue
 
 
 def _raised(pickled: bytes, name: str, message: str, text: str) -> BaseException:
@@ -340,7 +404,8 @@ def _raised(pickled: bytes, name: str, message: str, text: str) -> BaseException
         error = pickle.loads(pickled) if pickled else RemoteError(f"{name}: {message}")
     except Exception as unread:
         error = RemoteError(f"{name}: {message} (its class could not be read here: {unread})")
-    error.__cause__ = RemoteTraceback(text)
+    with contextlib.suppress(AttributeError, TypeError):  # a class that takes no attributes
+        error.__cause__ = RemoteTraceback(text)
     return error
 
 
@@ -348,11 +413,16 @@ def _slots_of(nodes: Sequence[Any]) -> int:
     return sum(node.cores for node in nodes if node.state in ("ready", "suspect"))
 
 
-def _session(client: str, setup: bytes) -> Session:
-    """This process, as one of its calls is to find it."""
+def _place() -> tuple[str, tuple[str, ...]]:
+    """The working folder and `sys.path`; names that are no text cannot be told."""
     try:
         folder = os.getcwd()
     except FileNotFoundError:
         folder = ""
-    paths = tuple(os.path.abspath(path) if path else folder for path in sys.path[:256])
-    return Session("S-" + os.urandom(8).hex(), client, folder, paths, setup)
+    paths = [os.path.join(folder, path) for path in sys.path[:PATHS_MAX]]
+    told = tuple(path for path in paths if _is_text(path))
+    return folder if _is_text(folder) else "", told
+
+
+def _is_text(name: str) -> bool:
+    return name.isascii() or name.encode(errors="replace").decode() == name

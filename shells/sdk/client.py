@@ -6,6 +6,7 @@ on the connection's thread. What a client has submitted ends with it, unless it 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -13,6 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import wait
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -75,6 +77,7 @@ class Client:
         self._calls: Calls | None = None
         self._queues: weakref.WeakSet[Calls] = weakref.WeakSet()
         self._folder: Path | None = None
+        self._closing = threading.RLock()
         self.connection = Connection(self.cluster, self.environ, self._pushed, node)
         self.jobs_of = Jobs(self.connection)
 
@@ -94,12 +97,13 @@ class Client:
 
     def close(self) -> None:
         """Leave the cluster; what it computes for us alone ends, what was detached goes on."""
-        if not self.connection.closed:
-            for calls in list(self._queues):
-                calls.close()
-                calls.cancel_pending()
-            self.connection.call(self.jobs_of.stop())
-        self.connection.close()
+        with self._closing:
+            if not self.connection.closed:
+                for calls in list(self._queues):
+                    calls.close()
+                    calls.cancel_pending()
+                self.connection.call(self.jobs_of.stop())
+            self.connection.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -147,6 +151,7 @@ class Client:
         future = Future("", self)
         entry = Job(spec, loaded.ir, _Whole(spec, future), job=job, detach=detach)
         future.job = entry.job
+        future.on_cancel = partial(self.jobs_of.kill, entry.job)
         self.connection.loop.call_soon_threadsafe(self.jobs_of.start, entry)
         return future
 
@@ -297,10 +302,13 @@ class Client:
         spec = JobSpec(
             program.kid, 0, len(batch), "collect", arguments, True, indices, 0.0, "tasks"
         )
-        job = Job(spec, program.ir, _Tasks(indices, futures))
+        tasks = _Tasks(indices, futures)
+        job = Job(spec, program.ir, tasks)
+        tasks.kill = partial(self.jobs_of.kill, job.job)
         for future in futures:
-            future.job, future.alone = job.job, len(batch) == 1
+            future.job, future.on_cancel = job.job, tasks.look
         self.jobs_of.start(job)
+        tasks.look()
 
     # -- WebAssembly --------------------------------------------------------------------------
 
@@ -325,6 +333,7 @@ class Client:
             timeout_ms=timeout_ms, demand=demand, detach=detach,
         )  # fmt: skip
         future.job = entry.job
+        future.on_cancel = partial(self.jobs_of.kill, entry.job)
         self.connection.loop.call_soon_threadsafe(self.jobs_of.start, entry)
         return future
 
@@ -342,6 +351,7 @@ class Client:
         future = Future("", self)
         entry = Job(spec, program.data, _Whole(spec, future), detach=detach)
         future.job = entry.job
+        future.on_cancel = partial(self.jobs_of.kill, entry.job)
         self.connection.loop.call_soon_threadsafe(self.jobs_of.start, entry)
         return future
 
@@ -379,10 +389,10 @@ class Client:
         answer: JobStatus = self.ask(KillJob(job))
         return answer
 
-    def cancel_job(self, job: str) -> None:
-        """Cancel a job, without waiting for the answer."""
-        if not self.connection.closed:
-            self.connection.loop.call_soon_threadsafe(self.jobs_of.kill, job)
+    def soon(self, function: Callable[[], None]) -> None:
+        """Run on the connection's thread, as long as there is one."""
+        with contextlib.suppress(RuntimeError):  # the loop has been closed
+            self.connection.loop.call_soon_threadsafe(function)
 
     def why(self, task: str) -> tuple[Decision, ...]:
         """How a job's shards (`J-…`) or one shard (`J-…/3`) were placed, and why there."""
@@ -422,6 +432,12 @@ class _Tasks(Awaited):
     def __init__(self, indices: Sequence[int], futures: Sequence[Future]) -> None:
         self._indices = indices
         self._futures = futures
+        self.kill: Callable[[], None] | None = None
+
+    def look(self) -> None:
+        """End the job where nobody waits for any of it."""
+        if self.kill is not None and all(future.cancelled() for future in self._futures):
+            self.kill()
 
     def progress(self, status: JobStatus) -> None:
         for future in self._futures:

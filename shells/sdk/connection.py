@@ -7,6 +7,7 @@ otherwise runs on the thread. When the node it is attached to is gone it attache
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import os
 import threading
@@ -26,6 +27,7 @@ from manifold.kernel.messages import DECODER, Bye
 
 DOOR_TIMEOUT_MS = 1000.0
 REQUEST_TIMEOUT_MS = 10_000.0
+LOOK_S = 2.0  # without an answer for so long: does our node live?
 
 T = TypeVar("T")
 
@@ -56,6 +58,7 @@ class Connection:
         self._node = node
         self._address = ""
         self.closed = False
+        self._lock = threading.Lock()
         self.attached: Welcome | None = None
         self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="manifold-client", daemon=True)
@@ -69,6 +72,15 @@ class Connection:
     def _serve(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
+        # Whoever asked for something meanwhile is told: nothing is left that waits for ever.
+        self.loop.run_until_complete(self._abandon())
+
+    async def _abandon(self) -> None:
+        await asyncio.sleep(0)
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
     async def _open(self) -> None:
         self._address = f"ipc://{self._runtime() / ('c' + self.identity[2:])}"
@@ -120,9 +132,24 @@ class Connection:
         assert self.attached is not None
         if destination in (self.attached.alias, self.attached.source):
             destination = ""
+        answer = self.bus.request(self.attached.source, body, timeout_ms, destination=destination)
+        done, _ = await asyncio.wait((answer,), timeout=min(LOOK_S, timeout_ms / 1000))
+        if done or timeout_ms <= LOOK_S * 1000 or await self.lives():
+            return await answer
+        answer.cancel()
+        await self.attach(self.attached.address)
+        assert self.attached is not None
         return await self.bus.request(
             self.attached.source, body, timeout_ms, destination=destination
         )
+
+    async def request_of(
+        self, node: str, body: msgspec.Struct, timeout_ms: float = REQUEST_TIMEOUT_MS
+    ) -> Any:
+        """Ask a node that we were attached to, also when we are attached to another by now."""
+        if self.bus.knows(node):
+            return await self.bus.request(node, body, timeout_ms)
+        return await self.request(body, timeout_ms)
 
     def ask_now(self, body: msgspec.Struct, timeout_ms: float) -> asyncio.Future[Any] | None:
         """As `request`, sent before this returns; None where that cannot be."""
@@ -151,23 +178,36 @@ class Connection:
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run `coroutine` on the thread and wait for its result."""
+        if threading.current_thread() is self._thread:
+            coroutine.close()
+            raise RuntimeError(
+                "a callback of a future must not wait for the cluster: it would wait for itself; "
+                "start a thread, or submit"
+            )
         if self.closed:
             coroutine.close()
             raise Unavailable("This client is closed.", "Connect again.")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        try:
+            future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        except RuntimeError as error:  # closed since
+            coroutine.close()
+            raise Unavailable("This client is closed.", "Connect again.") from error
         try:
             return future.result()
+        except concurrent.futures.CancelledError as error:
+            raise Unavailable("This client was closed meanwhile.", "Connect again.") from error
         except KeyboardInterrupt:
             future.cancel()
             raise
 
     def close(self) -> None:
         """Say goodbye and end the thread."""
-        if self.closed:
-            return
-        with contextlib.suppress(ManifoldError):
-            self.call(self._leave())
-        self.closed = True
+        with self._lock:
+            if self.closed:
+                return
+            with contextlib.suppress(ManifoldError):
+                self.call(self._leave())
+            self.closed = True
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()

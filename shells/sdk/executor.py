@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import BrokenExecutor
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, ParamSpec, TypeVar, cast
 
 import cloudpickle
 
@@ -111,6 +111,13 @@ class _Work:
                 told, self._told = self._told, True
             if not told:
                 log.critical("Exception in initializer:", exc_info=error.__cause__)
+
+    def coded(self, function: Callable[..., T]) -> Callable[..., T]:
+        """Pickled once for many calls; what cannot be is the exception of each of them."""
+        try:
+            return cast(Callable[..., T], self.calls.code(function))
+        except Exception:
+            return function  # `submit` finds out again, and says so
 
     # -- the end ------------------------------------------------------------------------------
 
@@ -252,7 +259,7 @@ class Executor(concurrent.futures.Executor):
         if chunksize == 1:
             return super().map(fn, *iterables, timeout=timeout)
         chunks = super().map(
-            _chunk_of(fn),
+            self._work.coded(_chunk_of(fn)),
             _batched(zip(*iterables, strict=False), chunksize),
             timeout=timeout,
         )

@@ -86,7 +86,7 @@ def name_of(function: Any) -> str:
     while isinstance(function, functools.partial):
         function = function.func
     name = getattr(function, "__qualname__", None) or type(function).__qualname__
-    return str(name)[:NAME_CHARS_MAX]
+    return str(name)[:NAME_CHARS_MAX].encode(errors="replace").decode()
 
 
 def stamp_of(function: Any) -> Any:
@@ -106,6 +106,8 @@ def _stamp(value: Any, seen: list[Any], count: list[None]) -> Any:
     if isinstance(value, _SCALARS):
         return (type(value), value)
     if isinstance(value, types.ModuleType):
+        if value.__name__ not in sys.modules or by_value(value.__name__):
+            raise _Mutable
         return _Same(value)
     if _importable(value):
         return (value.__module__, value.__qualname__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,10 @@ from manifold.kernel.scheduler.messages import JobStatus
 if TYPE_CHECKING:
     from manifold.kernel.geode.messages import Decision
     from manifold.shells.sdk.client import Client
+
+
+log = logging.getLogger("manifold.sdk")
+CANCELLED = "CANCELLED"  # of concurrent.futures: cancelled, and nobody was told yet
 
 
 class JobFailed(ManifoldError):
@@ -84,7 +89,7 @@ class Future(concurrent.futures.Future[Any]):
         super().__init__()
         self.job = job
         self.status: JobStatus | None = None
-        self.alone = True  # in its job: then that may be killed for its sake
+        self.on_cancel: Callable[[], None] | None = None  # on the connection's thread, once sent
         self._client = client
 
     def progress(self) -> Progress | None:
@@ -102,14 +107,26 @@ class Future(concurrent.futures.Future[Any]):
     def cancel(self) -> bool:
         """Cancel it in the cluster; False where it has ended already, or runs for an `Executor`.
 
-        A call that shares its job with others of its kind, which are all very short, is not
-        interrupted for it: its result is thrown away.
+        Calls that share a job end when all of them are cancelled; until then, the result of one
+        that is cancelled is thrown away.
         """
         if not super().cancel():
             return False
-        if self.job and self.alone and self._client is not None:
-            self._client.cancel_job(self.job)
+        self._tell_cancelled()
+        if self.on_cancel is not None and self._client is not None:
+            self._client.soon(self.on_cancel)
         return True
+
+    def _tell_cancelled(self) -> None:
+        """Who waits for it, by `wait` or `as_completed`, is told."""
+        with self._condition:
+            if self._state == CANCELLED:
+                self.set_running_or_notify_cancel()
+
+    def begin(self) -> bool:
+        """It is being sent: from now on it runs. False where it was cancelled before."""
+        with self._condition:
+            return not self.cancelled() and self.set_running_or_notify_cancel()
 
     def __await__(self) -> Generator[Any, None, Any]:
         return asyncio.wrap_future(self).__await__()
@@ -124,9 +141,14 @@ def settle(future: Future, settled: Callable[[], None]) -> None:
     except concurrent.futures.InvalidStateError:
         if not future.done():
             raise
+    except BaseException:  # a callback's, such as SystemExit, that must not end our thread
+        if not future.done():
+            raise
+        log.exception("a callback of %r failed", future)
 
 
 def cancel_here(future: Future) -> None:
     """Mark a future cancelled without asking the cluster again."""
-    if not super(Future, future).cancel() and not future.cancelled():
+    future.on_cancel = None
+    if not future.cancel():
         settle(future, lambda: future.set_exception(concurrent.futures.CancelledError()))

@@ -13,6 +13,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from manifold.kernel.errors import ManifoldError, Maybe, NoCluster, NotFound, Unavailable
 from manifold.kernel.scheduler.messages import (
     FetchResult,
@@ -33,6 +35,7 @@ ASK_TIMEOUT_MS = 1500.0
 RESUBMITS_MAX = 20
 LOST_S = 5.0  # with no node that answers: a supervisor starts a node again within a second
 REATTACH_S = 0.25
+BUSY_S = 0.25
 CLOSED = "The client was closed before the job ended."
 KILLS_MAX = 3  # at ten seconds each
 
@@ -66,8 +69,8 @@ class Job:
     """One submitted job."""
 
     __slots__ = (
-        "answer", "awaited", "detach", "fetching", "finished", "heard_s", "ir", "job", "lost_s",
-        "parcels", "resubmits", "spec", "taken", "task",
+        "answer", "awaited", "detach", "fetching", "finished", "heard_s", "ir", "job", "killed",
+        "lost_s", "owner", "parcels", "resubmits", "spec", "taken", "task",
     )  # fmt: skip
 
     def __init__(
@@ -92,6 +95,8 @@ class Job:
         self.resubmits = 0
         self.taken = 0  # results that were told by `some`
         self.fetching = False
+        self.owner = ""  # which node has it, as it said last
+        self.killed = False  # by us: it is not submitted again
         self.finished = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
 
@@ -136,17 +141,21 @@ class Jobs:
 
     def kill(self, name: str) -> None:
         """Cancel a job, without waiting for it."""
-        self._run(self._kill(name))
+        job = self._jobs.get(name)
+        if job is not None:
+            job.killed = True
+        self._run(self._kill(name, job.owner if job is not None else ""))
 
     def _run(self, coroutine: Any) -> None:
         task = self._connection.loop.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _kill(self, name: str) -> None:
+    async def _kill(self, name: str, owner: str) -> None:
+        """Told to its owner itself: a node that is slow hears it when it goes on."""
         for _ in range(KILLS_MAX):
             try:
-                await self._connection.request(KillJob(name))
+                await self._connection.request_of(owner, KillJob(name))
             except ManifoldError as error:
                 if error.code in ("maybe", "unavailable"):
                     continue
@@ -165,11 +174,11 @@ class Jobs:
                 except TimeoutError:
                     if loop.time() - job.heard_s >= CHECK_S:
                         await self._ask(job)
-        except ManifoldError as error:
-            self._fail(job, error)
         except asyncio.CancelledError:
             self._fail(job, Unavailable(CLOSED))
             raise
+        except Exception as error:  # whatever it is, somebody waits
+            self._fail(job, error)
         finally:
             self._jobs.pop(job.job, None)
 
@@ -179,6 +188,9 @@ class Jobs:
             try:
                 status = await (answer or self._connection.request(job.submission, ASK_TIMEOUT_MS))
             except ManifoldError as error:
+                if error.code == "busy" and job.spec.kind == "python":
+                    await asyncio.sleep(BUSY_S)  # others' calls are before ours
+                    continue
                 if error.code not in ("maybe", "unavailable", "no_cluster") or (
                     error.code == "unavailable" and await self._connection.lives()
                 ):
@@ -186,6 +198,9 @@ class Jobs:
                 await self._elsewhere(job, error)
                 continue
             job.heard_s = self._connection.loop.time()
+            if job.owner not in ("", status.owner):  # it did not answer, and may have it still
+                self._run(self._kill(job.job, job.owner))
+            job.owner = status.owner
             await self._heard(job, status)
             return
 
@@ -214,15 +229,22 @@ class Jobs:
     async def _ask(self, job: Job) -> None:
         try:
             status = await self._connection.request(WatchJob(job.job), ASK_TIMEOUT_MS)
-        except NotFound:
+        except NotFound:  # its owner is gone, and the job with it
             job.resubmits += 1
             if job.resubmits > RESUBMITS_MAX:
                 raise
-            await self._submit(job)  # its owner is gone, and the job with it
+            if job.killed:
+                job.finished.set()
+                job.awaited.cancelled()
+                return
+            await self._submit(job)
         except ManifoldError as error:
             await self._elsewhere(job, error)
         else:
             job.heard_s = self._connection.loop.time()
+            job.owner = status.owner
+            if job.killed and status.state == "running":
+                self._run(self._kill(job.job, job.owner))
             await self._heard(job, status)
 
     # -- what is heard of it ------------------------------------------------------------------
@@ -230,8 +252,10 @@ class Jobs:
     def pushed(self, message: Any) -> None:
         """What a node said unasked."""
         job = self._jobs.get(message.job) if isinstance(message, JobStatus) else None
-        if job is None:
-            return
+        if job is None or (
+            message.state != "done" and message.owner != (job.owner or message.owner)
+        ):
+            return  # nobody's, or of a node that had it once: its end there is not its end
         job.heard_s = self._connection.loop.time()
         if message.results is not None and not job.fetching and not job.finished.is_set():
             self._finish(job, message, message.results)  # at once: the usual end
@@ -256,23 +280,24 @@ class Jobs:
             job.awaited.cancelled()
 
     async def _finished(self, job: Job, status: JobStatus) -> None:
-        try:
-            results = status.results
-            if results is None:
-                results = await self._fetch(job, job.taken, status.parts)
-                if not job.finished.is_set():
-                    self._finish(job, status, (*[None] * job.taken, *results))
-            elif not job.finished.is_set():
-                self._finish(job, status, results)
-        except ManifoldError as error:
-            self._fail(job, error)
+        results: Sequence[Any] | None = status.results
+        if results is None:
+            first = job.taken  # more may be taken while we fetch
+            try:
+                results = (*[None] * first, *await self._fetch(job, first, status.parts))
+            except ManifoldError as error:
+                if error.code not in ("maybe", "unavailable"):
+                    self._fail(job, error)
+                return  # its owner does not answer: the next question finds out what is to be done
+        if not job.finished.is_set():
+            self._finish(job, status, results)
 
     def _finish(self, job: Job, status: JobStatus, results: Sequence[Any]) -> None:
         job.finished.set()
-        job.awaited.progress(status)
         try:
+            job.awaited.progress(msgspec.structs.replace(status, results=None))
             job.awaited.done(status, job.taken, results[job.taken :])
-        except ManifoldError as error:
+        except Exception as error:
             job.awaited.failed(error)
 
     async def _fetch_some(self, job: Job) -> None:

@@ -77,7 +77,7 @@ def map_futures(
     if not items:
         return [], _flat
     calls = client.own_calls()
-    chunk = ChunkOfOne(function) if len(iterables) == 1 else Chunk(function)
+    chunk = calls.code(ChunkOfOne(function) if len(iterables) == 1 else Chunk(function))
     parts = chunks(items, chunksize, calls.workers)
     return [calls.submit(chunk, (part,), {}) for part in parts], _flat
 
@@ -101,7 +101,7 @@ def reduce_futures(
     if not listed:
         raise TypeError("reduce() of an empty sequence")
     calls = client.own_calls()
-    reduction = Reduced(function)
+    reduction = calls.code(Reduced(function))
     parts = chunks(listed, chunksize, calls.workers)
     futures = [calls.submit(reduction, (part,), {}) for part in parts]
     return futures, functools.partial(functools.reduce, function)

@@ -16,6 +16,7 @@ import click
 
 from manifold.kernel.errors import ManifoldError
 from manifold.kernel.geode.messages import Demand
+from manifold.kernel.tasks.messages import STDIN_BYTES_MAX
 from manifold.shells.sdk.wasm import Finished, foreign_of
 from manifold.shells.verbs.common import attached, print_json
 
@@ -71,7 +72,9 @@ def _stdin() -> bytes:
         mode = os.fstat(0).st_mode
     except OSError:  # it is closed
         return b""
-    return sys.stdin.buffer.read() if stat.S_ISFIFO(mode) or stat.S_ISREG(mode) else b""
+    if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
+        return b""
+    return sys.stdin.buffer.read(STDIN_BYTES_MAX + 1)
 
 
 def _write(out: bytes, err: bytes) -> None:

@@ -374,6 +374,27 @@ def test_a_call_on_a_node_that_dies_is_made_again_elsewhere(
     assert [future.result(PATIENCE_S) for future in futures] == [7] * 4
 
 
+def test_a_call_is_cancelled_also_on_a_node_that_was_slow_for_a_while(
+    cluster: TestCluster, client: Client, tmp_path: Path
+) -> None:
+    def work(path: Path) -> None:
+        path.touch()
+        while True:
+            os.sched_yield()
+
+    future = client.submit(work, tmp_path / "begun")
+    until((tmp_path / "begun").exists, "the call begins")
+    slow = client.node
+    cluster.pause(slow)
+    until(lambda: client.node != slow, "the client takes its job to the other node")
+    future.cancel()
+    cluster.resume(slow)
+    observer = cluster.client(slow)
+    until(lambda: len([n for n in observer.nodes() if n.state == "ready"]) == 2, "both are back")
+    until(lambda: not running(observer), "nobody has the job any more")
+    assert not observer.processes().processes
+
+
 # -- calls within calls ---------------------------------------------------------------------------
 
 
@@ -416,8 +437,9 @@ def test_a_call_that_runs_is_cancelled_within_a_second_and_may_clean_up(
             (tmp_path / "cleaned").touch()
 
     future = client.submit(work)
-    until((tmp_path / "begun").exists, "the call begins")
-    pid = int((tmp_path / "begun").read_text())
+    begun = tmp_path / "begun"
+    until(lambda: begun.exists() and begun.read_text(), "the call begins")
+    pid = int(begun.read_text())
     began_s = time.monotonic()
     assert future.cancel()
     until(lambda: not alive(pid), "its process ends")

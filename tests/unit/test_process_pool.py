@@ -109,7 +109,7 @@ class Told:
     def run_ended(self, slot: int, run: int, fault: object) -> None:
         self.ended.append(run)
 
-    def slot_lost(self, slot: int, reason: str) -> None:
+    def run_lost(self, slot: int, run: int, reason: str) -> None:
         self.lost.append((slot, reason))
 
 

@@ -86,7 +86,7 @@ class Told:
         self.moved.append((slot, run, to))
         self.news.set()
 
-    def slot_lost(self, slot: int, reason: str) -> None:
+    def run_lost(self, slot: int, run: int, reason: str) -> None:
         self.lost.append((slot, reason))
         self.news.set()
 

@@ -347,9 +347,16 @@ def test_a_lost_worker_is_told_once_all_it_computed_has_been() -> None:
     runner = runner_of()
     (run,) = started(runner)
     runner.run_blocks(0, run.run, 0, results(0, 3), 1.0, 1.0, 20.0)
-    (report,) = sent(runner.slot_lost(0, "it was killed", 30.0), Report)
+    (report,) = sent(runner.run_lost(0, run.run, "it was killed", 30.0), Report)
     assert report.lost == "it was killed" and not report.running
-    assert runner.slot_lost(0, "again", 31.0) == []
+    assert runner.run_lost(0, run.run, "again", 31.0) == []
+
+
+def test_a_process_that_is_lost_takes_no_run_with_it_but_its_own() -> None:
+    runner = runner_of()
+    (run,) = started(runner)
+    assert runner.run_lost(0, run.run - 1, "an idle one of the same slot", 1.0) == []
+    assert runner.load().free_slots == 0
 
 
 def test_what_an_ended_run_still_says_is_ignored() -> None:

@@ -129,7 +129,7 @@ class Workers:
 
         def told(core: Any, now_ms: float) -> list[Effect]:
             del self._gone[key]
-            effects: list[Effect] = core.slot_lost(slot, "its worker ended", now_ms)
+            effects: list[Effect] = core.run_lost(slot, run.start.run, "its worker ended", now_ms)
             return effects
 
         run.over = True
