@@ -11,11 +11,11 @@ processes of this machine alone.
 from __future__ import annotations
 
 import joblib
-import manifold.joblib  # makes the backend known
 import numpy as np
 from joblib import Parallel, delayed
 
 import manifold
+import manifold.joblib  # makes the backend known
 
 SAMPLES, FEATURES, FOLDS = 150, 60, 5
 PENALTIES = [10 ** (exponent / 4) for exponent in range(-8, 17)]
