@@ -232,12 +232,12 @@ def _against_order(source: Source, words: list[str], target: str) -> str:
 
 
 def is_pure(source: Source, sources: Sources) -> bool:
-    """Whether the file belongs to a protocol: to a folder with one, and is not its driver."""
+    """Whether the file belongs to a protocol: to a folder with one, and is not what drives it."""
     parts = source.path.split("/")
     if parts[0] != "kernel" or len(parts) < 3:
         return False
     driver = parts[-1].removesuffix(".py").split("_")
-    if "driver" in (driver[0], driver[-1]):
+    if "driver" in (driver[0], driver[-1]) or driver[0] == "storage":  # sockets, and disks
         return False
     return parts[1] in PURE_FOLDERS or f"manifold.kernel.{parts[1]}.protocol" in sources
 

@@ -17,6 +17,7 @@ class Disk:
         self._due_ms = 0.0
         self.lost = 0
         self.torn = 0
+        self.broken = False  # a sync has failed: nothing becomes durable until a restart
 
     def write(self, name: str, record: bytes, due_ms: float) -> float:
         """Begin a write; it is durable at the time returned, after those before it."""
@@ -52,3 +53,4 @@ class Disk:
             self._durable[name] = record
         self._under_way.clear()
         self._due_ms = 0.0
+        self.broken = False

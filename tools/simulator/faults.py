@@ -32,6 +32,7 @@ KEYS = {
     "stop": ("range", "how long a pause lasts"),
     "clock": ("spread", "clocks run up to this part too fast or too slow"),
     "jump": ("rate", "a clock jumps forward by up to 5 s"),
+    "fsync": ("probability", "a write fails, and so do all later ones until the node starts again"),
 }
 
 
@@ -54,6 +55,7 @@ class Faults:
     stop: Range = (200.0, 15_000.0)
     clock: float = 0.0
     jump: float = 0.0
+    fsync: float = 0.0
 
     def text(self) -> str:
         """The string that `parse` turns into this."""

@@ -269,12 +269,26 @@ class World:
             node.timer_at_ms = None
             self._carry_out(node, node.machine.tick(local_ms), 0)
         elif kind == _SYNCED:
-            node.disk.synced()
-            self._carry_out(node, first, second)
+            self._synced(node, first, second)
         else:
             self._carry_out(node, first(node.machine, local_ms), 0)
 
     # Effects.
+
+    def _synced(self, node: Node, effects: Sequence[Effect], begin: int) -> None:
+        """A write is over. Where it fails, what stood after it never happens."""
+        failing = self._faulty and self.faults.fsync > 0
+        if failing and not node.disk.broken and self.random.random() < self.faults.fsync:
+            node.disk.broken = self.disturbed = True
+            if not hasattr(node.machine, "storage_failed"):
+                self.crash(node)
+                self.restart(node, self._draw(self.faults.down))
+                return
+            failed = node.machine.storage_failed(node.local(self.now_ms))
+            self._carry_out(node, failed, 0)
+        if not node.disk.broken:
+            node.disk.synced()
+            self._carry_out(node, effects, begin)
 
     def _carry_out(self, node: Node, effects: Sequence[Effect], begin: int) -> None:
         for place in range(begin, len(effects)):

@@ -1,0 +1,1 @@
+"""Agreement: CASPaxos registers over an explicit set of voters. See docs/nexus.md."""

@@ -1,0 +1,113 @@
+"""Watches: tell a client that a register is not what it was. Level-triggered, without history.
+
+Interface: `watch` and `unwatch` by the client's handle; `hint` when a voter has accepted something;
+`emit(client, key, version, data)` is called with each state that is told. Invariants:
+  W1  what is told was read by a quorum, and versions told of a key only grow, but for absence;
+  W2  after the last change a watcher is told of it within a poll, hints or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from manifold.kernel.nexus.context import Context
+from manifold.kernel.nexus.messages import Read
+from manifold.kernel.nexus.proposer import Proposer
+from manifold.kernel.nexus.rounds import Operation
+from manifold.kernel.nexus.values import Datum, Get, Result
+
+KEYS_MAX = 4096
+CLIENTS_MAX = 1024  # of one key
+Emit = Callable[[int, str, int, Datum], None]
+
+
+@dataclass(slots=True)
+class Watched:
+    """A key; `told` is what each client heard last: the version and whether it was there."""
+
+    told: dict[int, tuple[int, bool] | None] = field(default_factory=dict)
+    reading: bool = False
+    again: bool = False
+
+
+class Watches:
+    """See the module."""
+
+    def __init__(self, context: Context, proposer: Proposer, emit: Emit) -> None:
+        self._context = context
+        self._proposer = proposer
+        self._emit = emit
+        self._keys: dict[str, Watched] = {}
+
+    def watch(self, client: int, key: str) -> bool:
+        """False: there are too many already."""
+        watched = self._keys.get(key)
+        if watched is None:
+            if len(self._keys) >= KEYS_MAX:
+                return False
+            watched = self._keys[key] = Watched()
+            watched.told[client] = None
+            self._poll(key, watched)
+            return True
+        if len(watched.told) >= CLIENTS_MAX and client not in watched.told:
+            return False
+        watched.told[client] = None
+        self._read(key, watched)
+        return True
+
+    def unwatch(self, client: int, key: str) -> None:
+        watched = self._keys.get(key)
+        if watched is not None:
+            watched.told.pop(client, None)
+            if not watched.told:
+                del self._keys[key]
+
+    def client_gone(self, client: int) -> None:
+        for key in [key for key, watched in self._keys.items() if client in watched.told]:
+            self.unwatch(client, key)
+
+    def hint(self, key: str, _version: int) -> None:
+        watched = self._keys.get(key)
+        if watched is not None:
+            self._read(key, watched)
+
+    def _poll(self, key: str, watched: Watched) -> None:
+        if self._keys.get(key) is not watched:
+            return
+        config = self._proposer.config
+        if config is not None:
+            for kid in config.kids():  # so that they send hints; the answers are nobody's
+                self._context.send(kid, Read(self._context.rid(), config.epoch, key, True))
+        self._read(key, watched)
+        self._context.later(self._context.timing.poll_ms, lambda _now: self._poll(key, watched))
+
+    def _read(self, key: str, watched: Watched) -> None:
+        """One read under way at a time; a hint meanwhile asks for one more (it may be newer)."""
+        if watched.reading:
+            watched.again = True
+            return
+        watched.reading, watched.again = True, False
+        op = f"{self._context.me[:18]}.{self._context.nonce}.{self._context.rid()}"
+        deadline_ms = self._context.now_ms + self._context.timing.poll_ms
+
+        def done(result: Result) -> None:
+            watched.reading = False
+            if self._keys.get(key) is not watched:
+                return
+            if result.status == "ok":
+                self._seen(key, watched, result.version, result.data)
+            if watched.again:
+                self._read(key, watched)
+
+        self._proposer.submit(Operation(op, key, Get(), deadline_ms, done))
+
+    def _seen(self, key: str, watched: Watched, version: int, data: Datum) -> None:
+        present = data is not None
+        for client, told in list(watched.told.items()):
+            grew = told is None or version > told[0]
+            if told is not None and not told[1] and not present:
+                continue  # absent still: its version is its shard's floor
+            if grew:
+                watched.told[client] = (version, present)
+                self._emit(client, key, version if present else 0, data)
