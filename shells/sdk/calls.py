@@ -297,7 +297,7 @@ class _Batch(Awaited):
         self, calls: Calls, function: Kid, futures: Sequence[Future], parcels: Sequence[Parcel]
     ) -> None:
         self.calls = calls
-        self._parcels = [parcel for parcel in parcels if parcel.path]
+        self._parcels = parcels
         self.function = function
         self.futures: list[Future | None] = list(futures)
         self.job = ""
@@ -317,6 +317,7 @@ class _Batch(Awaited):
         self._time(results)
         for at, result in enumerate(results, first):
             future, self.futures[at] = self.futures[at], None  # Q4
+            self.calls.forget(self._parcels[at : at + 1])
             if future is not None:
                 self._settle_surely(future, result)
             del future

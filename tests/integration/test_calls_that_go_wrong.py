@@ -262,7 +262,7 @@ def test_an_executor_may_have_thousands_of_workers(client: Client) -> None:
         assert [future.result(60) for future in futures] == [0] * 3000
 
 
-SETTINGS = types.ModuleType("settings")
+SETTINGS = types.ModuleType("settings_of_nobody_else")
 
 
 def setting() -> int:
