@@ -265,11 +265,10 @@ def test_an_executor_may_have_thousands_of_workers(client: Client) -> None:
 SETTINGS = types.ModuleType("settings_of_nobody_else")
 
 
-def setting() -> int:
-    return int(SETTINGS.x)
-
-
 def test_a_module_that_is_sent_by_value_is_sent_as_it_is_then(client: Client) -> None:
+    def setting() -> int:
+        return int(SETTINGS.x)
+
     SETTINGS.__dict__["x"] = 1
     assert client.submit(setting).result(SOON_S) == 1
     SETTINGS.__dict__["x"] = 2
