@@ -415,6 +415,9 @@ class _Whole(Awaited):
     def progress(self, status: JobStatus) -> None:
         self._future.status = status
 
+    def some(self, first: int, results: Sequence[Any]) -> None:
+        raise AssertionError("only a job of tasks tells some of its results")
+
     def done(self, status: JobStatus, first: int, results: Sequence[Any]) -> None:
         value = _value(self._spec, status.block, results)
         settle(self._future, lambda: self._future.set_result(value))

@@ -27,9 +27,8 @@ from concurrent.futures import BrokenExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, ParamSpec, TypeVar, cast
 
-import cloudpickle
-
 from manifold.kernel.errors import Unavailable
+from manifold.kernel.tasks.parcel import dumps
 from manifold.shells.sdk.future import RemoteError, RemoteTraceback, settle
 
 if TYPE_CHECKING:
@@ -320,7 +319,7 @@ class _Failure:
         self.text = "".join(text)[-TEXT_CHARS_MAX:]
         self.line = "".join(traceback.format_exception_only(error)).strip()[-TEXT_CHARS_MAX:]
         try:
-            self.pickled = cloudpickle.dumps(error)
+            self.pickled = dumps(error)
             pickle.loads(self.pickled)
         except Exception:
             self.pickled = b""  # the text says what it was

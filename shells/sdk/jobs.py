@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,24 +46,28 @@ def new_job() -> str:
     return "J-" + os.urandom(8).hex()
 
 
-class Awaited:
+class Awaited(ABC):
     """Who waits for one job."""
 
+    @abstractmethod
     def progress(self, status: JobStatus) -> None:
         """Where it stands."""
 
+    @abstractmethod
     def some(self, first: int, results: Sequence[Any]) -> None:
         """Results of a job of tasks from `first` on, before all of them are there."""
 
+    @abstractmethod
     def done(self, status: JobStatus, first: int, results: Sequence[Any]) -> None:
         """All that was not told by `some`: the results from `first` on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def failed(self, error: BaseException) -> None:
-        raise NotImplementedError
+        """There will be no result, and why."""
 
+    @abstractmethod
     def cancelled(self) -> None:
-        raise NotImplementedError
+        """Somebody has ended it."""
 
 
 class Job:

@@ -125,6 +125,15 @@ def test_results_that_are_fetched_while_the_job_ends_go_to_their_own_calls() -> 
     got: dict[int, bytes] = {}
 
     class Waits(Awaited):
+        def progress(self, status: JobStatus) -> None:
+            return None
+
+        def failed(self, error: BaseException) -> None:
+            raise error
+
+        def cancelled(self) -> None:
+            raise AssertionError("nobody cancelled it")
+
         def some(self, first: int, results: Sequence[Any]) -> None:
             got.update({at: each.parcel.data for at, each in enumerate(results, first)})
 
