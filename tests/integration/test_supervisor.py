@@ -425,12 +425,14 @@ def test_an_rpi4_computes_at_a_quarter_of_a_servers_rate(manifold_cluster: Start
         pytest.skip("this host allows no cgroup")
     assert kinds["rpi4"].throttle == how
     assert kinds["server"].throttle == "none"
-    elapsed = {}
-    for alias in ("server-01", "rpi4-01") * 2:  # the first of each warms up
+    fastest: dict[str, float] = {}
+    for alias in ("server-01", "rpi4-01", "server-01", "rpi4-01", "server-01", "server-01"):
         done = manifold(
-            dict(cluster.environ), "run", str(COLLATZ), "--range", "1:200000", "--reduce", "sum",
+            dict(cluster.environ), "run", str(COLLATZ), "--range", "1:600000", "--reduce", "sum",
             "--on", alias, "--json",
         )  # fmt: skip
-        elapsed[alias] = json.loads(done.stdout)["elapsed_ms"]
-    # A quarter of a core beside two whole ones: 4 to 8 on a quiet machine.
-    assert elapsed["rpi4-01"] > 2 * elapsed["server-01"], elapsed
+        took_ms = json.loads(done.stdout)["elapsed_ms"]
+        fastest[alias] = min(fastest.get(alias, took_ms), took_ms)
+    # A quarter of a core beside two whole ones: 4 to 8 on a quiet machine. Other work can only make
+    # a run longer, so the fastest of several says what the share allows.
+    assert fastest["rpi4-01"] > 2 * fastest["server-01"], fastest
