@@ -144,6 +144,28 @@ class TaskConfig:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class NexusConfig:
+    """Agreement (design page of nexus)."""
+
+    voters: str = _key(
+        "auto",
+        "",
+        None,
+        None,
+        "first voters of an emulated cluster; auto: 3 of up to 8 nodes, 5 of more",
+        choices=("auto", "off", "1", "3", "5", "7"),
+    )
+    disk: str = _key(
+        "plain",
+        "",
+        None,
+        None,
+        "losing: for tests, a killed node forgets what it had not synced",
+        choices=("plain", "losing"),
+    )
+
+
 # Sixteen nodes in four classes. A worker's share of a host core follows the boards' single-core
 # speed against a small server's (Geekbench 6, rounded); bandwidths and latencies are those of
 # a wired switch, and of wifi-class links for the Pi 4. Emulated memory is not taken until used.
@@ -167,6 +189,7 @@ class Config:
     geode: GeodeConfig = GeodeConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     tasks: TaskConfig = TaskConfig()
+    nexus: NexusConfig = NexusConfig()
 
     def __post_init__(self) -> None:
         _check_ranges(self, "")
@@ -211,6 +234,7 @@ SCHEMA = loader.Schema(
         "geode": GeodeConfig,
         "scheduler": SchedulerConfig,
         "tasks": TaskConfig,
+        "nexus": NexusConfig,
     },
     tables={"classes": NodeClass},
 )

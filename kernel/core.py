@@ -1,29 +1,35 @@
-"""The pure part of a node: membership, geode and scheduler put together.
+"""The pure part of a node: membership, geode, scheduler and Nexus put together.
 
 Interface rules: one `Machine` for the driver (`node.py`) and for the simulator alike: an event in,
 a list of effects out. Messages a subsystem sends to its own node never leave it: they are
-delivered here, in order. What membership notices is passed to geode and the scheduler here.
+delivered here, in order, or by the driver where they wait for a `Persist`. What membership notices
+is passed to the others here, and so is what they `Ask` of Nexus and what it answers.
 Invariants: H1 of all timers that subsystems ask for, the earliest is the one asked of the driver;
-H2 a `Persist` holds back only what its own subsystem put after it: a timer, or an `AbortRun` that
-follows from news, would else come after what later events ask for.
+H2 a `Persist` holds back only what its own subsystem put after it in the same event, as a `Held`,
+and no timer: an `AbortRun` that follows from news would else come after what later events ask for.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
+from types import MappingProxyType
 from typing import Any, get_args
 
 import msgspec
 
 from manifold.kernel.config import Config
-from manifold.kernel.effects import Effect, Notify, Persist, Send, SetTimer
+from manifold.kernel.effects import Effect, Held, Notify, Persist, Reply, Send, SetTimer
 from manifold.kernel.geode.features import Static
 from manifold.kernel.geode.geode import Geode
 from manifold.kernel.membership import messages as membership_messages
 from manifold.kernel.membership.messages import Me, MemberChanged, State
 from manifold.kernel.membership.protocol import Membership
+from manifold.kernel.nexus import messages as nexus_messages
+from manifold.kernel.nexus.ask import Ask
+from manifold.kernel.nexus.messages import Changed, Unwatch
+from manifold.kernel.nexus.protocol import Nexus
 from manifold.kernel.process.messages import Fault, Result
 from manifold.kernel.scheduler import messages as scheduler_messages
 from manifold.kernel.scheduler.protocol import Request, Scheduler
@@ -31,12 +37,15 @@ from manifold.vm.kid import Kid
 
 _MEMBERSHIP = get_args(membership_messages.Message)
 _SCHEDULER = get_args(scheduler_messages.Message)
+_NEXUS = get_args(nexus_messages.Message)
 REQUESTS: tuple[type, ...] = get_args(Request)
+NEXUS_REQUESTS: tuple[type, ...] = get_args(nexus_messages.Request)
 DELIVERIES_MAX = 100_000  # of one event to ourselves: more than that is a loop, a bug of ours
+_NOTHING: Mapping[str, bytes] = MappingProxyType({})
 
 
 class Core:
-    """See the module."""
+    """See the module. `durable`: the records of Nexus that were persisted before, by name."""
 
     def __init__(
         self,
@@ -47,6 +56,7 @@ class Core:
         incarnation: int,
         seeds: Sequence[str],
         known: Sequence[membership_messages.Update] = (),
+        durable: Mapping[str, bytes] = _NOTHING,
     ) -> None:
         self.me = me
         self.membership = Membership(
@@ -56,8 +66,17 @@ class Core:
         self.scheduler = Scheduler(
             me.kid, config.scheduler, self.geode, me.cores, me.boot, me.memory_bytes
         )
+        self.nexus = Nexus(me.kid, me.boot, durable, Random(random.getrandbits(64)))
         self._boots: dict[Kid, int] = {}
-        self._due = {"membership": float("inf"), "scheduler": float("inf")}
+        self._asked: dict[int, tuple[str, Ask]] = {}  # what subsystems wait for, by handle
+        self._handle = 0
+        self._askers: dict[str, Callable[[int, Any, float], list[Effect]]] = {}
+        self._ticks = {
+            "membership": self.membership.tick,
+            "scheduler": self.scheduler.tick,
+            "nexus": self.nexus.tick,
+        }
+        self._due = dict.fromkeys(self._ticks, float("inf"))
 
     # -- events -------------------------------------------------------------------------------
 
@@ -65,7 +84,11 @@ class Core:
         self.geode.node_up(
             self.me.kid, self.me.alias, self.me.node_class, _static(self.me.meta), now_ms
         )
-        return self._close("membership", self.membership.start(now_ms), now_ms)
+        begun = [
+            ("membership", self.membership.start(now_ms)),
+            ("nexus", self.nexus.start(now_ms)),
+        ]
+        return self._deliver(begun, now_ms)
 
     def receive(self, source: Kid, message: Any, now_ms: float) -> list[Effect]:
         name, effects = self._route(source, message, now_ms)
@@ -76,6 +99,8 @@ class Core:
             return "membership", self.membership.receive(source, message, now_ms)
         if isinstance(message, _SCHEDULER):
             return "scheduler", self.scheduler.receive(source, message, now_ms)
+        if isinstance(message, _NEXUS):
+            return "nexus", self.nexus.receive(source, message, now_ms)
         return "scheduler", []
 
     def request(
@@ -85,15 +110,18 @@ class Core:
         answer, effects = self.scheduler.request(client, message, now_ms)
         return answer, self._close("scheduler", effects, now_ms)
 
+    def consult(self, handle: int, message: Any, now_ms: float) -> list[Effect]:
+        """A client asks Nexus; answered by `Reply(handle, …)`, where `handle` is above 0."""
+        assert handle > 0, "the others are our own"
+        return self._close("nexus", self.nexus.request(handle, message, now_ms), now_ms)
+
     def tick(self, now_ms: float) -> list[Effect]:
-        effects: list[tuple[str, Effect]] = []
-        if now_ms >= self._due["membership"]:
-            self._due["membership"] = float("inf")
-            effects += _by("membership", self.membership.tick(now_ms))
-        if now_ms >= self._due["scheduler"]:
-            self._due["scheduler"] = float("inf")
-            effects += _by("scheduler", self.scheduler.tick(now_ms))
-        return self._deliver(effects, now_ms)
+        lists: list[tuple[str, list[Effect]]] = []
+        for name, tick in self._ticks.items():
+            if now_ms >= self._due[name]:
+                self._due[name] = float("inf")
+                lists.append((name, tick(now_ms)))
+        return self._deliver(lists, now_ms)
 
     def process_ended(self, kid: Kid, boot: int, now_ms: float) -> list[Effect]:
         """The supervisor of this host saw that node's process end."""
@@ -127,6 +155,14 @@ class Core:
     def run_moved(self, slot: int, run: int, to: int, now_ms: float) -> list[Effect]:
         return self._close("scheduler", self.scheduler.run_moved(slot, run, to, now_ms), now_ms)
 
+    def watcher_gone(self, handle: int, now_ms: float) -> list[Effect]:
+        """Nobody waits for what `consult` was asked with this handle any more."""
+        return self._close("nexus", self.nexus.client_gone(handle, now_ms), now_ms)
+
+    def voter_stopped(self, now_ms: float) -> list[Effect]:
+        """What Nexus persists is refused by the disk: this node votes no more."""
+        return self._close("nexus", self.nexus.storage_failed(now_ms), now_ms)
+
     def client_gone(self, client: str, now_ms: float) -> list[Effect]:
         return self._close("scheduler", self.scheduler.client_gone(client, now_ms), now_ms)
 
@@ -136,61 +172,102 @@ class Core:
     # -- effects ------------------------------------------------------------------------------
 
     def _close(self, name: str, effects: list[Effect], now_ms: float) -> list[Effect]:
-        return self._deliver(_by(name, effects), now_ms)
+        return self._deliver([(name, effects)], now_ms)
 
-    def _deliver(self, effects: list[tuple[str, Effect]], now_ms: float) -> list[Effect]:
+    def _deliver(self, lists: list[tuple[str, list[Effect]]], now_ms: float) -> list[Effect]:
         """Carry out what concerns only this node; the rest is the driver's."""
         outward: list[Effect] = []
-        held: list[Effect] = []  # a Persist, and what depends on it
-        persists = ""
-        queue = deque(effects)
+        queue = deque(lists)
         rounds = 0
         while queue:
             rounds += 1
             assert rounds < DELIVERIES_MAX, "subsystems keep sending to each other"
-            owner, effect = queue.popleft()
-            match effect:
-                case SetTimer(at_ms=at_ms):
-                    self._due[owner] = at_ms
-                case Send(to=to, message=message) if to == self.me.kid:
-                    queue.extend(_by(*self._route(self.me.kid, message, now_ms)))
-                case Notify(event=MemberChanged() as change):
+            owner, effects = queue.popleft()
+            for at, effect in enumerate(effects):
+                if isinstance(effect, Persist):
+                    then: list[Effect] = []
+                    for later in effects[at + 1 :]:
+                        if isinstance(later, Send) or not self._inside(owner, later, queue, now_ms):
+                            then.append(later)
+                    outward.append(Held(effect, tuple(then)))  # H2
+                    break
+                if not self._inside(owner, effect, queue, now_ms):
                     outward.append(effect)
-                    queue.extend(_by("scheduler", self._changed(change, now_ms)))
-                case Persist():
-                    persists = owner
-                    held.append(effect)
-                case _:
-                    (held if owner == persists else outward).append(effect)  # H2
         due_ms = min(self._due.values())
         if due_ms != float("inf"):
             outward.append(SetTimer(due_ms))  # H1
-        return outward + held
+        return outward
 
-    def _changed(self, change: MemberChanged, now_ms: float) -> list[Effect]:
-        """A member joined, restarted or died: geode and the scheduler want to know."""
+    def _inside(
+        self, owner: str, effect: Effect, queue: deque[tuple[str, list[Effect]]], now_ms: float
+    ) -> bool:
+        """Carry out an effect that concerns only this node; False: it is (also) the driver's."""
+        match effect:
+            case SetTimer(at_ms=at_ms):
+                self._due[owner] = at_ms
+            case Send(to=to, message=message) if to == self.me.kid:
+                queue.append(self._route(self.me.kid, message, now_ms))
+            case Notify(event=MemberChanged() as change):
+                queue.extend(self._changed(change, now_ms))
+                return False
+            case Notify(event=Ask() as ask):
+                queue.append(("nexus", self._ask(owner, ask, now_ms)))
+            case Reply(request=handle, message=message) if handle < 0:
+                queue.extend(self._answered(handle, message, now_ms))
+            case _:
+                return False
+        return True
+
+    # -- what subsystems ask of Nexus ---------------------------------------------------------
+
+    def _ask(self, owner: str, ask: Ask, now_ms: float) -> list[Effect]:
+        if isinstance(ask.request, Unwatch):
+            for handle, (by, asked) in list(self._asked.items()):
+                if by == owner and asked.token == ask.token:
+                    del self._asked[handle]
+                    return self.nexus.request(handle, ask.request, now_ms)
+            return []
+        self._handle -= 1
+        self._asked[self._handle] = (owner, ask)
+        return self.nexus.request(self._handle, ask.request, now_ms)
+
+    def _answered(
+        self, handle: int, message: Any, now_ms: float
+    ) -> list[tuple[str, list[Effect]]]:
+        owner, ask = self._asked.get(handle, ("", None))
+        if ask is None:
+            return []
+        if not isinstance(message, Changed):
+            del self._asked[handle]
+        answered = self._askers[owner]
+        return [(owner, answered(ask.token, message, now_ms))]
+
+    def _changed(self, change: MemberChanged, now_ms: float) -> list[tuple[str, list[Effect]]]:
+        """A member joined, restarted or died: the others want to know."""
         member = change.member
         if member.kid == self.me.kid:
             return []
-        effects: list[Effect] = []
         if member.state in (State.DEAD, State.LEFT):
             self._boots.pop(member.kid, None)
-            self.geode.node_down(member.kid)
-            return self.scheduler.node_down(member.kid, member.boot, now_ms)
+            return self._down(member.kid, member.boot, now_ms)
+        lists: list[tuple[str, list[Effect]]] = []
         known = self._boots.get(member.kid)
         if known is not None and known != member.boot:  # it died and came back between two news
-            self.geode.node_down(member.kid)
-            effects += self.scheduler.node_down(member.kid, known, now_ms)
+            lists += self._down(member.kid, known, now_ms)
         if known != member.boot and member.meta.alias:
             self._boots[member.kid] = member.boot
             meta = member.meta
             self.geode.node_up(member.kid, meta.alias, meta.node_class, _static(meta), now_ms)
-            effects += self.scheduler.node_up(member.kid, now_ms)
-        return effects
+            lists.append(("scheduler", self.scheduler.node_up(member.kid, now_ms)))
+            lists.append(("nexus", self.nexus.node_up(member.kid, now_ms)))
+        return lists
 
-
-def _by(name: str, effects: list[Effect]) -> list[tuple[str, Effect]]:
-    return [(name, effect) for effect in effects]
+    def _down(self, kid: Kid, boot: int, now_ms: float) -> list[tuple[str, list[Effect]]]:
+        self.geode.node_down(kid)
+        return [
+            ("scheduler", self.scheduler.node_down(kid, boot, now_ms)),
+            ("nexus", self.nexus.node_down(kid, now_ms)),
+        ]
 
 
 def _static(meta: membership_messages.Meta) -> Static:

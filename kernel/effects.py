@@ -2,7 +2,8 @@
 
 Interface rules:
   - a protocol returns effects in order; a driver carries them out in order;
-  - a `Persist` must be durable before any later effect of the same list is carried out;
+  - a `Persist` must be durable before any later effect of the same list is carried out; where the
+    lists of several protocols become one, `Held` says which effects those were;
   - `SetTimer` asks for one call of `tick(now_ms)` at `at_ms` or soon after; only the latest
     `SetTimer` of a protocol counts, so a protocol always asks for its earliest deadline.
 
@@ -65,7 +66,18 @@ class Notify:
     event: Any
 
 
-Effect = Send | Persist | SetTimer | Reply | Notify
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A `Persist`, and what must wait for it; effects that follow need not. Writes begin in order.
+
+    What is in `then` may be a `Send` to this node itself, which is then due to be delivered.
+    """
+
+    persist: Persist
+    then: tuple[Effect, ...]
+
+
+Effect = Send | Persist | SetTimer | Reply | Notify | Held
 
 
 class Machine(Protocol):

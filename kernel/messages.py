@@ -15,6 +15,7 @@ from msgspec import Meta
 from manifold.kernel.geode.messages import LoadReport
 from manifold.kernel.hyperbus import messages as hyperbus
 from manifold.kernel.membership import messages as membership
+from manifold.kernel.nexus import messages as nexus
 from manifold.kernel.scheduler import messages as scheduler
 from manifold.kernel.scheduler.messages import JobStatus
 from manifold.vm.kid import Kid
@@ -160,7 +161,16 @@ Message = (
 )
 
 # Every message type that may arrive at a node or a client: the one vocabulary of the bus.
-VOCABULARY: Any = hyperbus.Message | membership.Message | scheduler.Message | Message
+VOCABULARY: Any = (
+    hyperbus.Message
+    | membership.Message
+    | scheduler.Message
+    | nexus.Message
+    | nexus.Request
+    | nexus.Answer
+    | nexus.Changed
+    | Message
+)
 # Made once, in the zygote: 5 ms and half a megabyte that its children share.
 DECODER: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(VOCABULARY)
 
@@ -189,9 +199,15 @@ class ProcessEnded(msgspec.Struct, frozen=True, array_like=True, tag="u.ended"):
     boot: int
 
 
+class FirstVoters(msgspec.Struct, frozen=True, array_like=True, tag="u.voters"):
+    """See to it that there are voters: these, where nobody has made any yet."""
+
+    voters: tuple[Kid, ...]
+
+
 class Stop(msgspec.Struct, frozen=True, array_like=True, tag="u.stop"):
     """Leave the cluster in good order and end."""
 
 
 ToSupervisor = Ready | Alive
-FromSupervisor = ProcessEnded | Stop
+FromSupervisor = ProcessEnded | FirstVoters | Stop

@@ -25,8 +25,9 @@ import msgspec
 
 from manifold.kernel import durable, identity, places
 from manifold.kernel.config import Config
-from manifold.kernel.core import REQUESTS, Core
-from manifold.kernel.effects import Effect, Notify, Persist, Reply, Send, SetTimer
+from manifold.kernel.consulting import Consulting
+from manifold.kernel.core import NEXUS_REQUESTS, REQUESTS, Core
+from manifold.kernel.effects import Effect, Held, Notify, Persist, Reply, Send, SetTimer
 from manifold.kernel.errors import ManifoldError, Refused, Unavailable
 from manifold.kernel.hyperbus.driver import Bus, Incoming
 from manifold.kernel.hyperbus.faults import to_failure
@@ -43,11 +44,13 @@ from manifold.kernel.membership.messages import (
 from manifold.kernel.messages import (
     DECODER,
     Alive,
+    FirstVoters,
     FromSupervisor,
     ProcessEnded,
     Ready,
     Stop,
 )
+from manifold.kernel.nexus import disk
 from manifold.kernel.process.channel import Channel, Closed
 from manifold.kernel.process.messages import (
     Calls,
@@ -124,9 +127,15 @@ class Node:
         self.identity = identity.load_identity(folder)
         self.boot = identity.next_boot(folder)
         incarnation = saved_incarnation(durable.read_record(folder / "incarnation"))
+        files = disk.files(spec.config.nexus.disk)
+        opened, records = disk.recover(folder / disk.FOLDER, self.boot, files)
+        self.commits = disk.Commits(
+            folder / disk.FOLDER, files, opened, records, self.loop, self.perform,
+            self._voter_stopped,
+        )  # fmt: skip
         self.core = Core(
             self._me(), spec.config, Random(SystemRandom().getrandbits(64)),
-            incarnation=incarnation, seeds=spec.seeds,
+            incarnation=incarnation, seeds=spec.seeds, durable=dict(records),
         )  # fmt: skip
         self.bus = Bus(
             self.identity.kid, self.boot, spec.config.cluster, DECODER, self._arrived,
@@ -137,6 +146,7 @@ class Node:
             spec.zygote, self._task_spec(), spec.cores, spec.config.tasks.grace_ms, self
         )
         self.calls = SystemCalls(self)
+        self.consulting = Consulting(self)
 
     def _me(self) -> Me:
         spec = self.spec
@@ -192,6 +202,8 @@ class Node:
             match message:
                 case ProcessEnded(kid=kid, boot=boot):
                     self.perform(self.core.process_ended(kid, boot, self.now_ms()))
+                case FirstVoters(voters=voters):
+                    self.consulting.initialise(voters)
                 case Stop():
                     self.leave()
 
@@ -221,6 +233,7 @@ class Node:
             task.cancel()
         self.pool.close()
         self.tasks.close()
+        self.commits.close()
         self.bus.close()
 
     def _bug(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -242,6 +255,8 @@ class Node:
             self.run(self.calls.relay(incoming))
         elif isinstance(body, REQUESTS) and incoming.request:
             self._requested(incoming)
+        elif isinstance(body, NEXUS_REQUESTS):
+            self.consulting.serve(incoming)
         elif self.calls.serves(body):
             self.calls.serve(incoming)
         else:
@@ -288,6 +303,9 @@ class Node:
 
     def _send(self, effect: Send) -> None:
         status = effect.message
+        if effect.to == self.identity.kid:  # it waited for a record of ours
+            self.perform(self.core.receive(self.identity.kid, effect.message, self.now_ms()))
+            return
         if isinstance(status, JobStatus) and status.job in self._held:
             incoming, _, timer = self._held[status.job]
             if incoming.source == effect.to:
@@ -318,24 +336,28 @@ class Node:
         for effect in effects:  # an address that is news is needed by what is sent with the news
             if isinstance(effect, Notify) and isinstance(effect.event, MemberChanged):
                 self._learn(effect.event)
-        for at, effect in enumerate(effects):
-            if isinstance(effect, Persist):
-                self.run(self._persist(effect, effects[at + 1 :]))
-                return
+        for effect in effects:
             self._perform_one(effect)
 
-    async def _persist(self, effect: Persist, rest: Sequence[Effect]) -> None:
-        path = Path(self.spec.state_dir) / effect.name
+    async def _persist(self, held: Held) -> None:
+        """A record of membership: a file of its own, replaced whole."""
+        name, record = held.persist.name, held.persist.record
+        path = Path(self.spec.state_dir) / name
         try:
             async with self._disk:  # records reach the disk in the order they were asked for
-                if self._durable.get(effect.name) != effect.record:
-                    await asyncio.to_thread(durable.write_record, path, effect.record)
-                    self._durable[effect.name] = effect.record
+                if self._durable.get(name) != record:
+                    await asyncio.to_thread(durable.write_record, path, record)
+                    self._durable[name] = record
         except ManifoldError as error:
             log.critical("%s", error)
             self.end(74, "a record could not be made durable")
             return
-        self.perform(rest)
+        self.perform(held.then)
+
+    def _voter_stopped(self, error: ManifoldError) -> None:
+        """The node goes on without a vote; what its disk holds is read again when it restarts."""
+        log.critical("nexus: this voter stops: %s", error)
+        self.perform(self.core.voter_stopped(self.now_ms()))
 
     def _perform_one(self, effect: Effect) -> None:
         match effect:
@@ -347,8 +369,15 @@ class Node:
                 self._timer = self.loop.call_at(at_ms / 1000, self._tick, at_ms)
             case Notify(event=event):
                 self._notified(event)
-            case Persist() | Reply():
-                raise AssertionError("handled elsewhere, or never emitted by the core")
+            case Held(persist=Persist(name=name)):
+                if name.startswith(disk.PREFIX):
+                    self.commits.write(effect)
+                else:
+                    self.run(self._persist(effect))
+            case Reply():
+                self.consulting.answered(effect)
+            case Persist():
+                raise AssertionError("never emitted by the core")
 
     def _tick(self, due_ms: float) -> None:
         self._timer = None
@@ -487,6 +516,7 @@ class Node:
     def client_gone(self, client: str) -> None:
         """What it alone waited for ends, and what it left on this host goes."""
         self.perform(self.core.client_gone(client, self.now_ms()))
+        self.consulting.client_gone(client)
         self.tasks.client_gone(client)
         self.bus.forget(client)
         if CLIENT.fullmatch(client):

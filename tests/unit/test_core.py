@@ -92,19 +92,19 @@ def test_a_fault_fails_the_job_and_names_the_node() -> None:
 
 def test_a_member_that_joins_is_a_candidate_and_one_that_died_is_not() -> None:
     node = core()
-    node._deliver([("membership", joined())], 1.0)
+    node._deliver([("membership", [joined()])], 1.0)
     assert OTHER in node.geode.nodes()
-    node._deliver([("membership", joined(state=State.DEAD))], 2.0)
+    node._deliver([("membership", [joined(state=State.DEAD)])], 2.0)
     assert OTHER not in node.geode.nodes()
 
 
 def test_a_member_with_a_new_boot_loses_what_its_old_process_owed() -> None:
     node = core()
-    node._deliver([("membership", joined(boot=1))], 1.0)
+    node._deliver([("membership", [joined(boot=1)])], 1.0)
     _, effects = node.request("C-1", submission(hi=1000), 2.0)
     later = effects + node.tick(60.0)
     assert any(e.to == OTHER for e in later if isinstance(e, Send))
-    again = node._deliver([("membership", joined(boot=2))], 70.0)
+    again = node._deliver([("membership", [joined(boot=2)])], 70.0)
     retried = [e for e in again if isinstance(e, Send) and isinstance(e.message, AssignShard)]
     assert all(assign.message.attempt > 1 for assign in retried)
     assert node.scheduler.owner.jobs[JOB].retries >= 1

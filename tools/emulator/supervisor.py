@@ -26,7 +26,14 @@ from pathlib import Path
 import msgspec
 
 from manifold.kernel.errors import ManifoldError, Refused, Unavailable
-from manifold.kernel.messages import Alive, ProcessEnded, Ready, Stop, ToSupervisor
+from manifold.kernel.messages import (
+    Alive,
+    FirstVoters,
+    ProcessEnded,
+    Ready,
+    Stop,
+    ToSupervisor,
+)
 from manifold.kernel.node import NodeSpec
 from manifold.kernel.process.channel import Channel, Closed
 from manifold.kernel.process.remains import Remains, clear
@@ -35,6 +42,7 @@ from manifold.tools.emulator.record import Lock
 
 log = logging.getLogger("manifold.supervisor")
 
+THREE_UP_TO = 8  # nodes; above that five vote
 PRELOAD = (
     "manifold.kernel.main",
     "manifold.kernel.process.worker",
@@ -83,6 +91,7 @@ class Supervisor:
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
     _gone: asyncio.Event = field(default_factory=asyncio.Event)  # a node ended while stopping
     _converged: asyncio.Event = field(default_factory=asyncio.Event)
+    _told_voters: bool = False
     _liveness_write: int = -1
     _zygote: subprocess.Popen[bytes] | None = None
     _zygote_fd: int = -1
@@ -243,8 +252,20 @@ class Supervisor:
         everybody = len(well) + len(self.specs) - len(self.nodes)  # those to come are awaited
         if well and all(node.alive >= everybody for node in well):
             self._converged.set()
+            self._tell_voters()
         else:
             self._converged.clear()
+
+    def _tell_voters(self) -> None:
+        """Once all are there: who votes, unless they know better from an earlier time."""
+        count = voters_of(self.specs[0].config.nexus.voters, len(self.specs))
+        ready = [node.ready for node in self.nodes.values() if node.ready is not None]
+        channel = next((n.channel for n in self.nodes.values() if n.channel is not None), None)
+        if self._told_voters or len(ready) < len(self.specs) or channel is None:
+            return
+        self._told_voters = True
+        if count:
+            channel.post(FirstVoters(tuple(each.kid for each in ready[:count])))
 
     def _hang_up(self, node: Watched, channel: Channel[ToSupervisor]) -> None:
         asyncio.get_running_loop().remove_reader(channel.socket)
@@ -341,6 +362,15 @@ def last_line(path: Path, bytes_max: int = 4096) -> str:
     except OSError:
         return "it said nothing"
     return lines[-1] if lines else "it said nothing"
+
+
+def voters_of(wish: str, nodes: int) -> int:
+    """How many of so many nodes vote: an odd number, five where a second failure is likely."""
+    if wish == "off":
+        return 0
+    wanted = int(wish) if wish != "auto" else 3 if nodes <= THREE_UP_TO else 5
+    most = nodes if nodes % 2 else nodes - 1  # two voters stop when either does: one does not
+    return min(wanted, most) if nodes > 1 else 1
 
 
 def refuse_taken(lock: Lock, nodes: int, runtime_dir: Path) -> None:

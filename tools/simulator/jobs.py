@@ -24,6 +24,7 @@ from manifold.kernel.config import Config
 from manifold.kernel.geode.messages import Demand
 from manifold.kernel.membership import messages as membership_messages
 from manifold.kernel.membership.messages import Me, State, Update, saved_incarnation
+from manifold.kernel.nexus import messages as nexus_messages
 from manifold.kernel.process.messages import Result
 from manifold.kernel.scheduler import blocks
 from manifold.kernel.scheduler import messages as scheduler_messages
@@ -60,7 +61,7 @@ ENDLESS_GAS, ENDLESS_MS = 1e12, 500.0  # of an index; until its timeout
 SETTLE_MS = 120_000.0
 # A client's job may have ended while a former owner of it still runs it: for as long as it takes.
 IDLE_MS = 20_000.0
-MESSAGES = membership_messages.Message | scheduler_messages.Message
+MESSAGES = membership_messages.Message | scheduler_messages.Message | nexus_messages.Message
 
 
 def machine_of(index: int, kid: Kid, boot: int) -> Me:

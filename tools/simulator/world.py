@@ -8,7 +8,7 @@ decoded again for each receiver, so two nodes never share an object. Other code 
 `on_crash`.
 
 The driver modelled is the weakest one allowed: a `Persist` delays only the later effects of its
-own list, writes become durable in order after `faults.sync`, and a crash keeps any subset of
+own list, a `Held` only what it holds; writes become durable in order after `faults.sync`, and a crash keeps any subset of
 those under way, the last of them perhaps torn (then its checksum fails and it never was).
 
 Invariants:
@@ -29,7 +29,7 @@ from typing import Any, Protocol
 import blake3
 import msgspec
 
-from manifold.kernel.effects import Effect, Notify, Persist, Reply, Send, SetTimer
+from manifold.kernel.effects import Effect, Held, Notify, Persist, Reply, Send, SetTimer
 from manifold.tools.simulator.disk import Disk
 from manifold.tools.simulator.faults import Faults, Range
 from manifold.tools.simulator.network import Network
@@ -303,15 +303,25 @@ class World:
             elif isinstance(effect, Persist):
                 if node.disk.holds(effect.name, effect.record):
                     continue
-                wait_ms = self._draw(self.faults.sync)
-                due_ms = node.disk.write(effect.name, effect.record, self.now_ms + wait_ms)
-                rest = (effects, place + 1)
-                self._push(due_ms - self.now_ms, _SYNCED, node.index, node.boot, *rest)
+                self._persist(node, effect, effects, place + 1)
                 return
+            elif isinstance(effect, Held):
+                if node.disk.holds(effect.persist.name, effect.persist.record):
+                    self._carry_out(node, effect.then, 0)
+                else:
+                    self._persist(node, effect.persist, effect.then, 0)
             else:
                 self.replies[(node.index, node.boot, effect.request)] = effect.message
                 for reply_handler in self.on_reply:
                     reply_handler(node, effect)
+
+    def _persist(
+        self, node: Node, effect: Persist, effects: Sequence[Effect], begin: int
+    ) -> None:
+        """Begin a write; `effects[begin:]` follow it."""
+        due_ms = self.now_ms + self._draw(self.faults.sync)
+        due_ms = node.disk.write(effect.name, effect.record, due_ms)
+        self._push(due_ms - self.now_ms, _SYNCED, node.index, node.boot, effects, begin)
 
     def _arm(self, node: Node, at_ms: float) -> None:
         node.timer_at_ms = at_ms
