@@ -6,7 +6,7 @@ from random import Random
 
 from manifold.kernel.config import Config
 from manifold.kernel.core import Core
-from manifold.kernel.effects import Effect, Notify, Persist, Send, SetTimer
+from manifold.kernel.effects import Effect, Held, Notify, Persist, Send, SetTimer
 from manifold.kernel.membership.messages import Me, Member, MemberChanged, State
 from manifold.kernel.scheduler.messages import (
     AbortRun,
@@ -44,11 +44,14 @@ def events(effects: list[Effect], kind: type) -> list[object]:
     return [e.event for e in effects if isinstance(e, Notify) and isinstance(e.event, kind)]
 
 
-def test_the_first_effects_are_a_timer_then_what_must_be_durable_then_what_depends_on_it() -> None:
+def test_what_membership_says_first_waits_for_what_must_be_durable_and_the_timer_does_not() -> None:
     core = Core(machine("me"), Config(), Random(1), incarnation=0, seeds=("ipc://seed",))
-    kinds = [type(effect) for effect in core.start(0.0)]
-    assert kinds.index(SetTimer) < kinds.index(Persist) < kinds.index(Send)
-    assert kinds.count(SetTimer) == 1
+    effects = core.start(0.0)
+    every = [effect for effect in effects if isinstance(effect, Held)]
+    (held,) = [each for each in every if each.persist.name == "incarnation"]
+    assert any(isinstance(effect, Send) for effect in held.then)
+    assert not [effect for effect in effects if isinstance(effect, Send)]
+    assert [type(effect) for effect in effects].count(SetTimer) == 1
 
 
 def test_what_follows_from_news_does_not_wait_for_what_membership_makes_durable() -> None:
@@ -59,25 +62,29 @@ def test_what_follows_from_news_does_not_wait_for_what_membership_makes_durable(
     assert events(core.receive(owner, given, 10.0), StartRun)
     told = core._deliver(
         [
-            ("membership", Persist("incarnation", b"x")),
-            ("membership", Notify(changed("owner", 1, State.DEAD))),
-            ("membership", Send(owner, given)),
+            (
+                "membership",
+                [
+                    Persist("incarnation", b"x"),
+                    Notify(changed("owner", 1, State.DEAD)),
+                    Send(owner, given),
+                ],
+            )
         ],
         20.0,
     )
-    order = [effect.event if isinstance(effect, Notify) else effect for effect in told]
-    kinds = [type(each) for each in order]
-    assert kinds.index(AbortRun) < kinds.index(Persist) < kinds.index(Send)
-    assert kinds.index(SetTimer) < kinds.index(Persist)
+    assert events(told, AbortRun)
+    (held,) = [effect for effect in told if isinstance(effect, Held)]
+    assert Send(owner, given) in held.then and not events(list(held.then), AbortRun)
 
 
 def test_the_death_of_an_owners_former_process_leaves_what_the_present_one_assigned() -> None:
     core = core_of()
     owner = kid_of(b"owner")
-    core._deliver([("membership", Notify(changed("owner", 1, State.ALIVE)))], 1.0)
+    core._deliver([("membership", [Notify(changed("owner", 1, State.ALIVE))])], 1.0)
     given = AssignShard("J-0000000000000001", 0, (2 << 40) + 1, SPEC, 0, 1, IR)
     assert events(core.receive(owner, given, 10.0), StartRun)
-    told = core._deliver([("membership", Notify(changed("owner", 2, State.ALIVE)))], 20.0)
+    told = core._deliver([("membership", [Notify(changed("owner", 2, State.ALIVE))])], 20.0)
     assert not events(told, AbortRun)
     assert core.scheduler.runner.held == 1
 
