@@ -2,9 +2,10 @@
 
 Interface rules: a worker computes programs in the sandbox: the node sends `Compute`, then at most
 `Limit` and `Abort` for that run; the worker answers with `Blocks` (in order), `Limited` for each
-`Limit`, and exactly one `Ended`. A task process runs Python functions and answers `Calls` in the
-same way, besides `Lend`; it is not asked to abort, it is ended. Messages are MessagePack behind a
-length of four bytes, big-endian.
+`Limit`, and exactly one `Ended`. For a global it sends a `GlobalCall`, one at a time, and waits for
+the `GlobalDone` of that run and number, or for an `Abort`. A task process runs Python functions and
+answers `Calls` in the same way, besides `Lend`; it is not asked to abort, it is ended. Messages are
+MessagePack behind a length of four bytes, big-endian.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from msgspec import Meta
 from manifold.kernel.tasks.messages import Parcel
 from manifold.vm.kid import Kid
 from manifold.vm.runtime.results import Partial
+from manifold.vm.syntax.program import GLOBAL_LENGTH_MAX, I64_MAX, I64_MIN
 
 LENGTH_BYTES = 4
 # The largest message is one block's result: a block's output is bounded by the VM below this.
@@ -28,6 +30,9 @@ PATHS_MAX = 256
 SETUP_BYTES_MAX = 1 << 20
 
 Text = Annotated[str, Meta(max_length=4096)]
+Natural = Annotated[int, Meta(ge=0, le=I64_MAX)]
+Integer = Annotated[int, Meta(ge=I64_MIN, le=I64_MAX)]
+Number = Integer | float
 Output = Annotated[str, Meta(max_length=OUTPUT_CHARS_MAX)]
 
 
@@ -151,14 +156,44 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, tag="w.ended"):
     fault: Fault | None
 
 
+class GlobalCall(msgspec.Struct, frozen=True, array_like=True, tag="w.global"):
+    """Index `index` of block `block` (of a range program the block's start) wants a global.
+
+    `k` is the number of its writes before this one; a `propose` that does not find what is
+    `expected` is none. `float`: the program declares it f64, so an absent one counts as 0.0.
+    """
+
+    run: int
+    number: Natural  # of the call, within the process
+    index: Integer
+    k: Natural
+    op: Literal["load", "store", "propose", "add"]
+    name: Annotated[str, Meta(min_length=1, max_length=GLOBAL_LENGTH_MAX)]
+    float: bool
+    expected: Number = 0
+    value: Number = 0
+    block: Natural = 0  # that is being computed
+
+
+class GlobalDone(msgspec.Struct, frozen=True, array_like=True, tag="w.global-done"):
+    """`found` is what it held before (`load`: holds). `ok`: it was done; if not, a `propose` found
+    something else than what is `expected`, and the sum of an `add` is no i64."""
+
+    run: int
+    number: Natural
+    ok: bool
+    found: Number = 0
+    fault: Fault | None = None
+
+
 class Lend(msgspec.Struct, frozen=True, array_like=True, tag="w.lend"):
     """The call waits for calls of its own: somebody else may have its slot."""
 
     run: int
 
 
-ToWorker = Compute | Limit | Abort
-ToNode = Blocks | Limited | Ended
+ToWorker = Compute | Limit | Abort | GlobalDone
+ToNode = Blocks | Limited | Ended | GlobalCall
 ToTask = Calls | Limit
 FromTask = Blocks | Limited | Ended | Lend
 

@@ -26,6 +26,8 @@ from manifold.kernel.process.messages import (
     Compute,
     Ended,
     Fault,
+    GlobalCall,
+    GlobalDone,
     Limit,
     Limited,
     Result,
@@ -54,6 +56,9 @@ class Events(Protocol):
     def run_ended(self, slot: int, run: int, fault: Fault | None) -> None: ...
 
     def run_lost(self, slot: int, run: int, reason: str) -> None: ...
+
+    def global_call(self, slot: int, call: GlobalCall) -> None:
+        """Carry it out, and say what came of it with `Pool.global_done`."""
 
 
 @dataclass(slots=True)
@@ -104,6 +109,12 @@ class Pool:
             worker.runs[run] = self._loop.time()
             worker.child.post(Abort(run))
 
+    def global_done(self, slot: int, done: GlobalDone) -> None:
+        """The answer to a `GlobalCall`; dropped if that run is not there any more."""
+        worker = self._workers.get(slot)
+        if worker is not None and done.run in worker.runs:
+            worker.child.post(done)
+
     def pids(self) -> dict[int, int]:
         """Slot to process, of the workers that are up."""
         return {slot: w.child.pid for slot, w in sorted(self._workers.items()) if w.child.pid}
@@ -133,6 +144,9 @@ class Pool:
                 case Ended(run=run, fault=fault):
                     worker.runs.pop(run, None)
                     self._events.run_ended(worker.slot, run, fault)
+                case GlobalCall(run=run):
+                    if run in worker.runs:
+                        self._events.global_call(worker.slot, message)
 
     def _lost(self, worker: _Worker, reason: str, code: int | None) -> None:
         if self._workers.get(worker.slot) is worker:

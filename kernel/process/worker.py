@@ -6,7 +6,8 @@ shrink are seen within about `slice_ms`. Whatever the program does ends as a `Fa
 own bug ends the process, and the node starts another.
 Invariants: W1 one run at a time, its blocks in order; W2 exactly one `Ended` for each `Compute`;
 W3 a `Limit` or an `Abort` of a run that waits behind another is answered at once, so that a node
-never mistakes a worker that is busy with something else for one that does not listen.
+never mistakes a worker that is busy with something else for one that does not listen; W4 at most
+one `GlobalCall` waits for its answer, and nothing but that answer or an `Abort` ends the wait.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import socket
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -30,6 +31,8 @@ from manifold.kernel.process.messages import (
     Compute,
     Ended,
     Fault,
+    GlobalCall,
+    GlobalDone,
     Limit,
     Limited,
     Result,
@@ -40,11 +43,12 @@ from manifold.kernel.process.messages import (
 from manifold.kernel.tasks.messages import CommandLine, CommandOutput, Parcel
 from manifold.vm.foreign import Foreign, load
 from manifold.vm.kid import Kid
-from manifold.vm.runtime import Machine, Stopped, Unit
+from manifold.vm.runtime import Machine, Outcome, Stopped
 from manifold.vm.syntax import Program, decode
+from manifold.vm.syntax.program import Type
 
 if TYPE_CHECKING:
-    from manifold.vm.foreign.machine import Command, ForeignMachine, ForeignUnit
+    from manifold.vm.foreign.machine import Command, ForeignMachine
 
 _commands = msgspec.msgpack.Decoder(CommandLine)
 
@@ -79,6 +83,8 @@ class Worker:
         self._cpu_s = 0.0
         self._busy_from_s = 0.0
         self._queue: list[ToWorker] = []  # came with, or during, the present run
+        self._calls = 0  # of globals, so far
+        self._done: GlobalDone | None = None  # the answer to the last of them
 
     def serve(self) -> None:
         """Until the node closes the channel."""
@@ -124,7 +130,8 @@ class Worker:
         """The program, ready to compute a block."""
         program = self._program(compute)
         if isinstance(program, Program):
-            return partial(self._block, self._machine.load(program, compute.reduce), compute)
+            loaded = self._machine.load(program, compute.reduce)
+            return partial(self._block, partial(loaded.run, on_global=_Globals(self)), compute)
         if self._foreign is None:
             from manifold.vm.foreign.machine import ForeignMachine  # few workers ever need it
 
@@ -133,7 +140,7 @@ class Worker:
             command = self._foreign.command(program, on_wait=self._tell)
             return partial(self._command, command, compute)
         unit = self._foreign.load(program, compute.reduce, compute.entry, on_wait=self._tell)
-        return partial(self._block, unit, compute)
+        return partial(self._block, unit.run, compute)
 
     def _program(self, compute: Compute) -> Program | Foreign:
         program = self._programs.get(compute.program)
@@ -150,7 +157,7 @@ class Worker:
         self._programs[compute.program] = program
         return program
 
-    def _block(self, unit: Unit | ForeignUnit, compute: Compute, block: int) -> Result:
+    def _block(self, run: Callable[..., Outcome], compute: Compute, block: int) -> Result:
         if compute.indices:
             low = compute.indices[block - compute.first]
             high = low + 1
@@ -159,7 +166,7 @@ class Worker:
             high = min(low + compute.size, compute.hi)
         self._block_gas = 0
         try:
-            outcome = unit.run(
+            outcome = run(
                 low,
                 high,
                 gas=max(GAS_SLICE_MIN, int(self._gas_per_s * self._slice_s)),
@@ -236,6 +243,29 @@ class Worker:
                 self._hear(message)
             self._tell()
 
+    def reach(self, **fields: Any) -> GlobalDone:
+        """Have the node carry out a `GlobalCall`. Waiting for it is not work."""
+        assert self._compute is not None
+        self._calls += 1
+        self._done = None
+        block = self._first + len(self._results)
+        call = GlobalCall(self._compute.run, self._calls, block=block, **fields)
+        self._channel.send(call)
+        while self._done is None:
+            before_s = time.monotonic()
+            messages = self._channel.wait(ALIVE_S)
+            now_s = time.monotonic()
+            self._busy_from_s += now_s - before_s
+            for message in messages:
+                self._hear(message)
+            if self._aborted:
+                raise Stopped(0, call.index)
+            if False:
+                self._tell()
+        if self._done.fault is not None:
+            raise _error(self._done.fault)
+        return self._done
+
     # -- the channel --------------------------------------------------------------------------
 
     def _look(self, now_s: float) -> None:
@@ -257,6 +287,9 @@ class Worker:
                     self._channel.send(Limited(message.run, self._last))
                 case Abort():
                     self._aborted = True
+                case GlobalDone(number=number):
+                    if number == self._calls:
+                        self._done = message
                 case Compute():
                     raise AssertionError("a run is started once")
 
@@ -266,7 +299,7 @@ class Worker:
             self._queue.append(message)
             return
         waiting = next((w for w in self._queue if w.run == message.run), None)
-        if not isinstance(waiting, Compute):
+        if not isinstance(waiting, Compute) or isinstance(message, GlobalDone):
             return
         at = self._queue.index(waiting)
         if isinstance(message, Abort):
@@ -305,6 +338,45 @@ class Worker:
             self._hear(message)
         self._pacer.paused(time.monotonic() - before_s)
         self._cpu_s = time.thread_time()
+
+
+class _Globals:
+    """The globals of a program in a worker: its node's."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._reach = worker.reach
+
+    def load(self, index: int, name: str, type: Type) -> int | float:
+        return self._reach(index=index, k=0, op="load", name=name, float=type == "f64").found
+
+    def store(self, index: int, k: int, name: str, value: int | float) -> None:
+        is_float = isinstance(value, float)
+        self._reach(index=index, k=k, op="store", name=name, float=is_float, value=value)
+
+    def propose(
+        self, index: int, k: int, name: str, expected: int | float, new: int | float
+    ) -> tuple[int | float, bool]:
+        is_float = isinstance(new, float)
+        done = self._reach(
+            index=index, k=k, op="propose", name=name, float=is_float, expected=expected, value=new
+        )
+        return done.found, done.ok
+
+    def add(self, index: int, k: int, name: str, value: int | float) -> int | float:
+        is_float = isinstance(value, float)
+        done = self._reach(index=index, k=k, op="add", name=name, float=is_float, value=value)
+        if not done.ok:
+            raise Trap(
+                f"the global {name} is {done.found}: adding {value} does not fit in 64 bits.",
+                "Keep it below 2^63, or make it a float.",
+            )
+        return done.found
+
+
+def _error(fault: Fault) -> ManifoldError:
+    error = ManifoldError(fault.message, fault.next_step)
+    error.code = fault.code
+    return error
 
 
 def _fault(error: ManifoldError) -> Fault:

@@ -22,12 +22,28 @@ import pytest
 
 from manifold.kernel.process import child
 from manifold.kernel.process import pool as pool_module
-from manifold.kernel.process.messages import Compute, WorkerSpec
+from manifold.kernel.process.messages import Compute, GlobalCall, GlobalDone, WorkerSpec
 from manifold.kernel.process.pool import Pool
 from manifold.kernel.process.zygote import Fork, Forked
 from manifold.vm.kid import kid_of
 
 WORKERS = {
+    "asking": """
+while True:
+    size = end.recv(4, socket.MSG_WAITALL)
+    if not size:
+        break
+    message = msgspec.msgpack.decode(end.recv(int.from_bytes(size, 'big'), socket.MSG_WAITALL))
+    said = []
+    if message[0] == 'w.compute':
+        for run in (message[1], message[1] + 1000):
+            said.append(['w.global', run, 1, 6, 0, 'add', 'count', False, 0, message[1]])
+    elif message[0] == 'w.global-done':
+        said.append(['w.ended', message[1], ['s.fault', 'answer', str(message[4])]])
+    for each in said:
+        body = msgspec.msgpack.encode(each)
+        end.sendall(len(body).to_bytes(4, 'big') + body)
+""",
     "deaf": "time.sleep(60)",
     "short": "sys.exit(3)",
     "garbage": "end.sendall(b'\\0\\0\\0\\2\\xc1\\xc1'); time.sleep(60)",
@@ -98,6 +114,8 @@ class Told:
 
     def __init__(self) -> None:
         self.ended: list[int] = []
+        self.faults: list[object] = []
+        self.calls: list[tuple[int, GlobalCall]] = []
         self.lost: list[tuple[int, str]] = []
 
     def run_blocks(self, *_: Any) -> None:
@@ -108,9 +126,13 @@ class Told:
 
     def run_ended(self, slot: int, run: int, fault: object) -> None:
         self.ended.append(run)
+        self.faults.append(fault)
 
     def run_lost(self, slot: int, run: int, reason: str) -> None:
         self.lost.append((slot, reason))
+
+    def global_call(self, slot: int, call: GlobalCall) -> None:
+        self.calls.append((slot, call))
 
 
 def compute(run: int) -> Compute:
@@ -181,6 +203,32 @@ def test_a_worker_that_obeys_lives_on(folder: Path) -> None:
         assert bench.zygote.specs[0].slot == 0
 
     Bench(folder, "obedient").run(test)
+
+
+def test_a_call_of_a_global_goes_to_the_node_and_the_answer_to_the_run_that_waits(
+    folder: Path,
+) -> None:
+    async def test(bench: Bench, pool: Pool) -> None:
+        pool.compute(4, compute(1))
+        pool.compute(5, compute(2))
+        await bench.until(lambda: len(bench.told.calls) == 2)
+        # A call of a run that was not started there (the worker makes one up) goes nowhere.
+        assert sorted(bench.told.calls, key=lambda each: each[0]) == [
+            (slot, GlobalCall(run, 1, 6, 0, "add", "count", False, 0, run))
+            for slot, run in ((4, 1), (5, 2))
+        ]
+        for slot, run in ((9, 1), (5, 1), (4, 2), (4, 7)):
+            pool.global_done(slot, GlobalDone(run, 1, True, 13))
+        pool.global_done(5, GlobalDone(2, 1, True, 1 << 62))
+        await bench.until(lambda: bench.told.ended == [2])
+        pool.global_done(4, GlobalDone(1, 1, True, 0.5))
+        await bench.until(lambda: bench.told.ended == [2, 1])
+        assert [fault.message for fault in bench.told.faults] == [str(1 << 62), "0.5"]
+        pool.global_done(4, GlobalDone(1, 1, True, 1))  # it has ended
+        await asyncio.sleep(0.05)
+        assert bench.told.ended == [2, 1]
+
+    Bench(folder, "asking").run(test)
 
 
 def test_a_worker_that_is_stopped_is_killed_for_its_silence(

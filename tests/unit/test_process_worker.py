@@ -18,6 +18,8 @@ from manifold.kernel.process.messages import (
     Compute,
     Ended,
     Fault,
+    GlobalCall,
+    GlobalDone,
     Limit,
     Limited,
     ToNode,
@@ -31,6 +33,17 @@ from manifold.vm.syntax import Program, load
 SQUARES = ".cells 1\nLOAD 0\nLOAD 0\nMUL\nEMIT\nHALT\n"
 SLOW = ".cells 1\nSLEEP 0.02\nLOAD 0\nEMIT\nHALT\n"
 FOREVER = ".cells 1\nagain:\nJMP again\n"
+COUNT = ".global count i64\nPUSH 1\nADD_GLOBAL count\nEMIT\nHALT\n"
+SWAP = """.global rate f64
+LOAD_GLOBAL rate
+PUSH 0.5
+PROPOSE_GLOBAL rate
+EMIT
+EMIT
+PUSH 2.5
+STORE_GLOBAL rate
+HALT
+"""
 HALVES = ".cells 1\nPUSH 100\nLOAD 0\nDIV\nEMIT\nHALT\n"
 PATIENCE_S = 20.0
 
@@ -264,6 +277,125 @@ def test_a_busy_worker_says_that_it_is_alive(node: Node) -> None:
     assert all(isinstance(m, Blocks) and not m.results for m in node.heard)
     node.send(Abort(1))
     node.ended(1)
+
+
+def calls(heard: list[ToNode]) -> list[GlobalCall]:
+    return [message for message in heard if isinstance(message, GlobalCall)]
+
+
+def answer(node: Node, number: int, found: int | float, **fields: Any) -> GlobalCall:
+    """Waits for the `number`th call, and answers it."""
+    node.until(lambda heard: len(calls(heard)) >= number)
+    call = calls(node.heard)[number - 1]
+    node.send(GlobalDone(call.run, call.number, **({"ok": True, "found": found} | fields)))
+    return call
+
+
+def test_a_global_is_the_nodes_and_the_worker_waits_for_it(node: Node) -> None:
+    node.send(compute(1, COUNT, 0, 2, size=2, reduce="collect"))
+    seen = [answer(node, number, 100 + number) for number in (1, 2, 3, 4)]
+    assert node.ended(1).fault is None
+    assert [(c.index, c.block, c.k, c.op, c.name, c.float, c.value) for c in seen] == [
+        (index, index // 2, 0, "add", "count", False, 1) for index in (0, 1, 2, 3)
+    ]
+    assert len({call.number for call in seen}) == 4
+    found = [finish("collect", each, 0, 2) for each in node.results(1)]
+    assert found == [[101, 102], [103, 104]]
+
+
+def test_each_operation_says_all_that_its_node_must_know(node: Node) -> None:
+    node.send(compute(1, SWAP, 0, 1, indices=(7,), isolate=True, size=1, reduce="collect"))
+    load, propose = answer(node, 1, 1.5), answer(node, 2, 0.25, ok=False)
+    store = answer(node, 3, 0)
+    assert node.ended(1).fault is None
+    assert load == GlobalCall(1, load.number, 7, 0, "load", "rate", True)
+    assert propose == GlobalCall(1, propose.number, 7, 0, "propose", "rate", True, 1.5, 0.5)
+    assert store == GlobalCall(1, store.number, 7, 0, "store", "rate", True, 0, 2.5)
+    assert [finish("collect", each, 7, 8) for each in node.results(1)] == [[[0, 0.25]]]
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_what_a_node_cannot_do_is_a_fault_with_its_place(node: Node, isolate: bool) -> None:
+    node.send(compute(1, COUNT, 3, 5, size=1, isolate=isolate))
+    refused = Fault("unavailable", "No quorum: test-02 is away.", "Wait.")
+    answer(node, 1, 0)
+    answer(node, 2, 0, fault=refused)
+    ended = node.ended(1)
+    fault = node.results(1)[1] if isolate else ended.fault
+    assert isinstance(fault, Fault)
+    assert (fault.code, fault.next_step, fault.line, fault.index) == ("unavailable", "Wait.", 3, 4)
+    assert fault.message == (
+        f"{assembled(COUNT).kid}, line 3, ADD_GLOBAL count: No quorum: test-02 is away at index 4."
+    )
+    assert fault.instruction == "ADD_GLOBAL count" and fault.cells == (4,)
+    assert (ended.fault is None) == isolate
+
+
+def test_a_register_of_another_type_is_a_trap(node: Node) -> None:
+    node.send(compute(1, COUNT, 0, 1))
+    answer(node, 1, 1.0)
+    fault = node.ended(1).fault
+    assert fault is not None and (fault.code, fault.line) == ("trap", 3)
+    assert "holds an f64" in fault.message
+
+
+def test_a_sum_that_does_not_fit_is_a_trap(node: Node) -> None:
+    node.send(compute(1, COUNT, 0, 1))
+    answer(node, 1, (1 << 63) - 1, ok=False)
+    fault = node.ended(1).fault
+    assert fault is not None and (fault.code, fault.line) == ("trap", 3)
+    assert "is 9223372036854775807: adding 1 does not fit in 64 bits" in fault.message
+
+
+def test_a_worker_that_waits_for_a_global_says_that_it_is_alive_and_not_busy(node: Node) -> None:
+    node.send(compute(1, COUNT, 0, 2, size=1))
+    answer(node, 1, 0)
+    node.until(lambda heard: len(calls(heard)) == 2)
+    before = len(node.heard)
+    began_s = time.monotonic()
+    node.until(lambda heard: len(heard) >= before + 4)
+    assert time.monotonic() - began_s > 2 * module.ALIVE_S
+    alive = [message for message in node.heard[before:] if isinstance(message, Blocks)]
+    assert sum(message.busy_ms for message in alive) < 0.3 * 1000 * (time.monotonic() - began_s)
+    assert sums(node.results(1)) == [0]  # what was done before the wait has been told
+    assert calls(node.heard)[1].block == 1
+    answer(node, 2, 0)
+    assert node.ended(1).fault is None
+
+
+def test_an_abort_ends_the_wait_for_a_global_and_its_answer_comes_too_late(node: Node) -> None:
+    node.send(compute(1, COUNT, 0, 5))
+    node.until(lambda heard: len(calls(heard)) == 1)
+    began_s = time.monotonic()
+    node.send(Abort(1))
+    assert node.ended(1).fault is None
+    assert time.monotonic() - began_s < 0.5
+    late = calls(node.heard)[0]
+    node.send(GlobalDone(1, late.number, True, 77), compute(2, COUNT, 0, 1, size=1))
+    node.until(lambda heard: len(calls(heard)) == 2)
+    current = calls(node.heard)[1]
+    for run, number in ((1, current.number), (2, late.number), (3, current.number)):
+        node.send(GlobalDone(run, number, True, 66))
+    answer(node, 2, 5)
+    node.ended(2)
+    assert sums(node.results(2)) == [5]
+
+
+def test_a_limit_is_heard_by_one_that_waits_for_a_global(node: Node) -> None:
+    node.send(compute(1, COUNT, 0, 9, size=1), compute(2, SQUARES, 3, 9))
+    node.until(lambda heard: len(calls(heard)) == 1)
+    node.send(Limit(1, 0), Limit(2, 4), GlobalDone(2, 1, True, 5))
+    node.until(lambda heard: {Limited(1, 1), Limited(2, 4)} <= set(heard))
+    answer(node, 1, 8)
+    node.ended(2)
+    assert sums(node.results(1)) == [8]
+    assert len(node.results(2)) == 1
+
+
+def test_a_worker_that_waits_for_a_global_ends_when_its_node_does() -> None:
+    for node in serving(spec(), False):
+        node.send(compute(1, COUNT, 0, 5))
+        node.until(lambda heard: calls(heard))
 
 
 def test_a_paced_worker_takes_its_share_of_a_core() -> None:

@@ -107,7 +107,7 @@ def test_comments_and_label_names_are_not_part_of_the_kid_but_lines_are() -> Non
         (".array xs i64 0\n", 1, "length"),
         (".cells 1025\n", 1, "from 0 to 1024"),
         (".function f ( a )\n", 1, "not a directive"),
-        (".global counter i64\n", 1, "does not have globals"),
+        (".channel numbers i64\n", 1, "does not have channels"),
         (".frob\n", 1, "not a directive"),
         ("1a: HALT\n", 1, "not a name"),
         ("SLEEP -1\n", 1, "not from 0 to"),
@@ -130,10 +130,10 @@ def test_limits_are_limits() -> None:
 
 
 def test_instructions_of_later_releases_have_their_places() -> None:
-    text = "LOAD_GLOBAL x\nSTORE_GLOBAL x\nPROPOSE_GLOBAL y\nADD_GLOBAL x\nSEND c\nRECV c\n"
+    text = "SEND c\nRECV d\nSEND d\nRECV c\n"
     program = assemble(text + "ARRAY_LOAD shared\nARRAY_STORE shared\nHALT\n")
     assert assemble(disassemble(program)) == program
-    assert program.names == ("x", "y", "c", "shared")
+    assert program.names == ("c", "d", "shared")
 
 
 def test_capabilities_are_what_the_program_asks_for() -> None:
@@ -156,7 +156,7 @@ def test_bytes_must_be_utf8() -> None:
 
 GOOD = assemble(
     ".array xs f64 4\n.function f ( a -- b )\nPUSH 1.5\nPUSH 2\nSTOREI xs\nPUSH 1\nCALL f\n"
-    "EMIT\nSLEEP 0.5\nLOAD_GLOBAL g\nHALT\nf: PUSH nan\nPOP\nRET\n"
+    "EMIT\nSLEEP 0.5\nRECV g\nHALT\nf: PUSH nan\nPOP\nRET\n"
 )
 
 

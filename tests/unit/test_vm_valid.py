@@ -170,6 +170,7 @@ def random_text(random: Random) -> str:
     """Instructions at random: most such programs are refused, some are not."""
     length = random.randrange(1, 14)
     lines = [".array xs f64 4", ".array ys i64 4", ".function f ( a -- b )", ".cells 4"]
+    lines += [".global whole i64", ".global real f64"]
     names = [spec for spec in TABLE if not spec.reserved and spec.name != "UNKNOWN"]
     for at in range(length):
         spec = random.choice(names)
@@ -180,6 +181,7 @@ def random_text(random: Random) -> str:
             Immediate.FUNCTION: "f",
             Immediate.ARRAY: random.choice(["xs", "ys"]),
             Immediate.SECONDS: "0.5",
+            Immediate.GLOBAL: random.choice(["whole", "real"]),
         }.get(spec.immediate, "")
         lines.append(f"n{at}: {spec.name} {operand}")
     return "\n".join([*lines, "HALT", "f: DUP", "JZ zero", "RET", "zero: RET"])

@@ -14,7 +14,7 @@ from manifold.vm.compile.checked import CHECKED, CheckedWriter
 from manifold.vm.compile.layout import HALTED, KINDS_AT, OUTPUT_FULL, STOPPED, VALUES_AT, VALUES_MAX
 from manifold.vm.compile.stack import WASM, Context, Entry, float_text
 from manifold.vm.compile.structure import emit
-from manifold.vm.syntax.isa import Fault
+from manifold.vm.syntax.isa import USES_GLOBALS, Fault
 from manifold.vm.syntax.program import I64_MAX, Instruction
 from manifold.vm.valid import CALL_DEPTH_MAX, Flow
 
@@ -278,6 +278,32 @@ class FunctionWriter(CheckedWriter):
         self.fail(STOPPED)
         self.line("end")
 
+    def reach_global(self, each: Instruction) -> None:
+        """The host does it: values travel as 64 bits, the flag is 2 where it could not."""
+        takes, leaves = each.spec.stack_of(json=self.context.json)
+        number = int(each.operand or 0)
+        kind = "f" if self.program.globals[number].type == "f64" else "i"
+        taken = [self.take() for _ in takes]
+        self.line(f"i32.const {USES_GLOBALS.index(each.spec.name)} i32.const {number}")
+        self.bound("GET_START", "i")
+        for entry, depth in reversed(taken):
+            self.load(entry, depth, kind)
+            if kind == "f":
+                self.line("i64.reinterpret_f64")
+        self.line("i64.const 0 " * (2 - len(taken)) + "call $global")
+        flag, value = self.local("gflag", "i32"), self.local("gvalue", "i64")
+        self.line(f"local.set ${flag} local.set ${value} local.get ${flag} i32.const 2 i32.eq")
+        self.fault_if(Fault.GLOBAL)
+        if leaves.startswith("g"):
+            self.line(f"local.get ${value}" + (" f64.reinterpret_i64" if kind == "f" else ""))
+            self.push(kind)
+        if leaves.endswith("i"):
+            self.line(f"local.get ${flag}")
+            self.push_flag()
+        elif leaves == "s":
+            self.line(f"local.get ${flag} f64.convert_i32_u")
+            self.push("f")
+
     # -- results -----------------------------------------------------------------------------
 
     def emit(self, each: Instruction) -> None:
@@ -388,6 +414,7 @@ WRITE: dict[str, Callable[[FunctionWriter, Instruction], None]] = {
     "EMIT": _W.emit,
     "PRINT": _W.emit,
     "SLEEP": _W.sleep,
+    **dict.fromkeys(USES_GLOBALS, _W.reach_global),
     "GET_START": _W.read_bound,
     "GET_END": _W.read_bound,
 }

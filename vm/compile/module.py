@@ -4,7 +4,8 @@ Interface: `compile_wat(verified, reduce) -> str`. The module exports `memory` a
 `run(lo, hi, gas)`, which runs every index of `[lo, hi)` (or the range program once) and leaves the
 control words of layout.py in memory: fault 0 when all went well. It imports `yield(gas) -> gas`,
 called with what is left (below zero) and answering with the new balance, below zero to stop;
-`sleep(seconds) -> i32`, and for `collect` `flush(values, indices) -> i32`: non-zero to stop.
+`sleep(seconds) -> i32`, and for `collect` `flush(values, indices) -> i32`: non-zero to stop;
+`global(operation, number, index, first, second) -> (value, flag)`, see function.reach_global.
 """
 
 from __future__ import annotations
@@ -42,14 +43,18 @@ _PARAMETERS = ("lo", "hi", "gas")
 _IMPORTS = {
     "yield": '(import "host" "yield" (func $yield (param i64) (result i64)))',
     "sleep": '(import "host" "sleep" (func $sleep (param f64) (result i32)))',
+    "global": '(import "host" "global" '
+    "(func $global (param i32 i32 i64 i64 i64) (result i64 i32)))",
     "flush": '(import "host" "flush" (func $flush (param i64 i64) (result i32)))',
 }
 
 
 def imports(verified: Verified, reduce: str) -> tuple[str, ...]:
     """The host functions that a module needs, in the order of its imports."""
-    sleep = ("sleep",) if "sleep" in verified.program.capabilities else ()
-    return ("yield", *sleep, *(("flush",) if reduce == "collect" else ()))
+    asked = verified.program.capabilities
+    wanted = [name for name in ("sleep", "globals") if name in asked]
+    hosts = [name.removesuffix("s") for name in wanted]
+    return ("yield", *hosts, *(("flush",) if reduce == "collect" else ()))
 
 
 def compile_wat(verified: Verified, reduce: str) -> str:

@@ -6,8 +6,9 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 
-from manifold.vm.errors import Exhausted
-from manifold.vm.runtime.cells import Value, check_arguments, initial_cells, trap
+from manifold.vm.errors import Exhausted, ManifoldError
+from manifold.vm.runtime.cells import Value, check_arguments, initial_cells, placed, trap
+from manifold.vm.runtime.globals import Access, Globals, required
 from manifold.vm.runtime.outcome import OUTPUT_BYTES_MAX, OnSleep, OnYield, Outcome, Stopped
 from manifold.vm.runtime.results import float_best, from_entries
 from manifold.vm.syntax.isa import Fault, Immediate
@@ -25,6 +26,14 @@ class _FaultError(Exception):
         self.reason = reason
 
 
+class _RefusedError(Exception):
+    """Who has the globals could not carry out the instruction."""
+
+    def __init__(self, error: ManifoldError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 def run(
     verified: Verified,
     reduce: str,
@@ -35,17 +44,19 @@ def run(
     on_yield: OnYield,
     on_sleep: OnSleep,
     arguments: Sequence[Value] = (),
+    on_global: Globals | None = None,
 ) -> Outcome:
     """Runs every index of `[lo, hi)`, or the range program once."""
     program = verified.program
     tank = _Tank(gas, on_yield)
     given = check_arguments(verified, arguments)
+    access = required(program, on_global)
     starts = [(lo, hi)] if program.kind == "range" else [(i, i + 1) for i in range(lo, hi)]
     entries = []
     room = OUTPUT_BYTES_MAX // 8 if reduce == "collect" else None
     for start, end in starts:
         cells = initial_cells(verified, start, end, given)
-        index = _Index(verified, start, end, cells, tank, on_sleep, room)
+        index = _Index(verified, start, end, cells, tank, on_sleep, access, room)
         entries.append(index.run())
         if room is not None:
             room -= len(entries[-1])
@@ -79,12 +90,13 @@ class _Index:
         cells: list[Value],
         tank: _Tank,
         on_sleep: OnSleep,
+        access: Access | None,
         room: int | None,
     ) -> None:
         self.verified, self.program = verified, verified.program
         self.json = self.program.dialect == "json"
         self.start, self.end, self.room = start, end, room
-        self.cells, self.tank, self.on_sleep = cells, tank, on_sleep
+        self.cells, self.tank, self.on_sleep, self.world = cells, tank, on_sleep, access
         self.arrays: list[list[Value]] = [
             [0.0 if each.type == "f64" else 0] * each.length for each in self.program.arrays
         ]
@@ -111,6 +123,10 @@ class _Index:
                 raise trap(
                     self.program, at, fault.reason, self.cells, self.start, self.results
                 ) from None
+            except _RefusedError as refused:
+                raise placed(
+                    refused.error, self.program, at, self.cells, self.start, self.results
+                ) from refused.error
         return self.results
 
     def step(self, at: int, name: str) -> None:
@@ -119,10 +135,11 @@ class _Index:
         if spec.name == "CALL":
             self.call(int(operand or 0))
             return
-        if len(self.stack) < len(spec.taken):
+        takes, _ = spec.stack_of(json=self.json)
+        if len(self.stack) < len(takes):
             raise _FaultError("stack underflow")
-        taken = self.stack[len(self.stack) - len(spec.taken) :]
-        del self.stack[len(self.stack) - len(spec.taken) :]
+        taken = self.stack[len(self.stack) - len(takes) :]
+        del self.stack[len(self.stack) - len(takes) :]
         if name in ("POP", "DUP", "SWAP", "OVER", "ROT3"):
             self.stack += [taken[int(letter) - 1] for letter in spec.left]
         elif name in BINARY:
@@ -138,6 +155,8 @@ class _Index:
             self.at = self.returns.pop()
         elif name == "HALT":
             self.at = None
+        elif spec.immediate is Immediate.GLOBAL:
+            self.stack += self.reach(name, int(operand or 0), taken)
         elif name in ("UNKNOWN", "RAISE"):
             raise _FaultError(Fault.UNKNOWN if name == "UNKNOWN" else Fault.RAISED)
         else:
@@ -211,6 +230,15 @@ class _Index:
                 self.stack.append(float(bound) if self.json else bound)
             case _:
                 raise AssertionError(f"{name} has passed the verifier")
+
+    def reach(self, name: str, number: int, taken: list[Value]) -> list[Value]:
+        assert self.world is not None
+        try:
+            return self.world.carry_out(name, self.start, number, taken)
+        except Stopped:
+            raise
+        except ManifoldError as error:
+            raise _RefusedError(error) from error
 
     def element(self, array: int, index: Value) -> int:
         if not 0 <= index < len(self.arrays[array]):

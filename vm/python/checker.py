@@ -16,6 +16,7 @@ from manifold.vm.python.constants import Constants
 from manifold.vm.python.expressions import ExpressionChecker
 from manifold.vm.python.kinds import LETTERS, ArrayType, Checked, an, fits, joined, word
 from manifold.vm.python.refusals import EXPRESSIONS, STATEMENTS
+from manifold.vm.python.registers import Registers
 from manifold.vm.python.source import Source
 from manifold.vm.syntax.program import ARGUMENTS_MAX, ARRAY_BYTES_MAX
 
@@ -27,24 +28,36 @@ COUNTER_STEP_MAX = 16
 
 def check(source: Source, wrap: bool) -> Checked:
     """The function of `source`, checked."""
-    _Assignments().visit(source.tree)
     checked = Checked(source, wrap, _parameters(source))
     local = set(checked.parameters) | {
         each.id
         for each in ast.walk(source.tree)
         if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)
     }
-    checker = Checker(checked, Constants(source, local))
+    constants = Constants(source, local)
+    _Assignments(Registers(source, constants)).visit(source.tree)
+    checker = Checker(checked, constants)
     checker.function()
     return checked
 
 
 class _Assignments(ast.NodeTransformer):
-    """`a += b` becomes `a = a + b`: nothing in the subset can tell."""
+    """`a += b` becomes `a = a + b`: nothing in the subset can tell, but for globals."""
+
+    def __init__(self, registers: Registers) -> None:
+        self.registers = registers
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
+        if self.registers.name_of(node.target) is not None:
+            return self.of_global(node)
         if not isinstance(node.target, (ast.Name, ast.Subscript)):
             return node
+        if isinstance(node.target, ast.Subscript) and self.registers.are_in(node.target.slice):
+            raise self.registers.source.refuse(
+                node.target.slice,
+                "this index reads a global, and would do so twice: to read and to write.",
+                "Give it a variable first: i = ...; a[i] += 1.",
+            )
         read: ast.expr
         if isinstance(node.target, ast.Name):
             read = ast.copy_location(ast.Name(node.target.id, ast.Load()), node.target)
@@ -53,6 +66,19 @@ class _Assignments(ast.NodeTransformer):
             read = ast.copy_location(ast.Subscript(at.value, at.slice, ast.Load()), at)
         value = ast.copy_location(ast.BinOp(read, node.op, node.value), node)
         return ast.copy_location(ast.Assign([node.target], value), node)
+
+    def of_global(self, node: ast.AugAssign) -> ast.AST:
+        """`-=` adds the opposite. Nothing else is one step."""
+        if isinstance(node.op, ast.Sub):
+            value = ast.copy_location(ast.UnaryOp(ast.USub(), node.value), node.value)
+            return ast.copy_location(ast.AugAssign(node.target, ast.Add(), value), node)
+        if isinstance(node.op, ast.Add):
+            return node
+        raise self.registers.source.refuse(
+            node,
+            "only += and -= change a global in one step.",
+            "Read it, compute, and propose(name, what was read, the new value) until that is ok.",
+        )
 
 
 def _parameters(source: Source) -> dict[str, str]:
@@ -95,7 +121,6 @@ class Checker(ExpressionChecker):
     def __init__(self, checked: Checked, constants: Constants) -> None:
         super().__init__(checked, constants)
         self.breaks: list[list[set[str] | None]] = []  # of the loops around: states at each break
-        self.changed = False
         self.stores: dict[str, list[ast.AST]] = {}  # what each variable is given
 
     def function(self) -> None:
@@ -115,6 +140,8 @@ class Checker(ExpressionChecker):
                     "the function can end here without a return, but a kernel has a result.",
                     "Add a return at the end.",
                 )
+            if not self.changed:
+                self.settle_globals()
         if "?" in checked.leaves:
             raise self.refuse(
                 tree, "the type of the result cannot be found.", "Write -> int or -> float."
@@ -122,6 +149,13 @@ class Checker(ExpressionChecker):
         known = self.constants.known.items()
         checked.constants = {node: value for node, value in known if value is not None}
         self.find_counters()
+
+    def settle_globals(self) -> None:
+        """What nothing says to be a float is an int."""
+        for name, letter in self.checked.globals.items():
+            if letter == "?":
+                self.checked.globals[name] = "i"
+                self.changed = True
 
     def declared(self) -> str:
         """The letters of the annotated result; `?` where nothing is annotated."""
@@ -175,6 +209,8 @@ class Checker(ExpressionChecker):
                 self.assignment(node)
             case ast.AnnAssign():
                 self.annotated_assignment(node)
+            case ast.AugAssign() if self.registers.name_of(node.target) is not None:
+                self.give(node.target, self.number(node.value), node)
             case ast.If():
                 self.branch(node)
             case ast.While():
@@ -267,6 +303,10 @@ class Checker(ExpressionChecker):
             self.declare(node, wanted)
             return
         letter, text = self.number(node.value), _annotated(node.annotation)
+        if text in LETTERS and not isinstance(node.value, ast.Call):
+            name = self.checked.touched.get(node.value)
+            if name is not None:  # a global, which gets its type here
+                letter = self.global_given(node.value, name, LETTERS[text])
         if text not in LETTERS or not fits(letter, LETTERS[text]):
             raise self.refuse(
                 node, f"this is {an(letter)}, not {text}.", "Convert it, or write it so."
@@ -276,7 +316,11 @@ class Checker(ExpressionChecker):
 
     def give(self, target: ast.AST, letters: str, given: ast.AST) -> None:
         """`target = ` something of type `letters`."""
-        if isinstance(target, ast.Subscript):
+        register = self.registers.name_of(target)
+        if register is not None:
+            self.checked.touched[target] = register
+            self.global_given(target, register, letters)
+        elif isinstance(target, ast.Subscript):
             letter = self.array_at(target)
             if not fits(letters, letter):
                 raise self.refuse(

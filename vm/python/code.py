@@ -19,6 +19,7 @@ from manifold.vm.syntax.program import (
     NAME_LENGTH_MAX,
     Array,
     Function,
+    Global,
     Instruction,
     Program,
     Type,
@@ -33,8 +34,10 @@ TOO_LARGE = "Each call of a kernel copies it in: call it in a loop instead of ma
 class Code:
     """See the module."""
 
-    def __init__(self, filename: str, parameters: str, first: int) -> None:
+    def __init__(self, filename: str, parameters: str, first: int, globals: dict[str, str]) -> None:
         self.filename = filename
+        self._globals = tuple(Global(n, "f64" if t == "f" else "i64") for n, t in globals.items())
+        self._global_at = {name: at for at, name in enumerate(globals)}
         self.arguments: tuple[Type, ...] = tuple("f64" if p == "f" else "i64" for p in parameters)
         self.line = 0
         self.dead = False  # nothing leads here
@@ -124,6 +127,10 @@ class Code:
         self._arrays.append(Array(name, "f64" if kind.letter == "f" else "i64", kind.length))
         return len(self._arrays) - 1
 
+    def of_global(self, name: str, register: str) -> None:
+        """An instruction on a global."""
+        self.op(name, self._global_at[register])
+
     def function(self, takes: int, leaves: int) -> tuple[int, Label]:
         """A function's number, and the label to mark where it starts."""
         if len(self._functions) >= FUNCTIONS_MAX:
@@ -158,6 +165,7 @@ class Code:
             arrays=tuple(self._arrays),
             functions=tuple(Function(self._at[at], a, b) for at, a, b in self._functions),
             names=tuple(names[each] for each in order),
+            globals=self._globals,
             instructions=tuple(code),
             filename=self.filename,
         )

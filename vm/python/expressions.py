@@ -19,8 +19,9 @@ from manifold.vm.errors import InvalidProgram
 from manifold.vm.python.constants import Constants
 from manifold.vm.python.kinds import SELF, Callee, Checked, KernelBase, an, fits, joined, letter_of
 from manifold.vm.python.refusals import CALLS, EXPRESSIONS
+from manifold.vm.python.registers import Registers
 from manifold.vm.python.source import MISSING
-from manifold.vm.syntax.program import I64_MAX, I64_MIN
+from manifold.vm.syntax.program import GLOBALS_MAX, I64_MAX, I64_MIN
 
 RING = (ast.Add, ast.Sub, ast.Mult, ast.BitAnd, ast.BitOr, ast.BitXor)  # exact modulo 2^64
 BITS = (ast.BitAnd, ast.BitOr, ast.BitXor, ast.LShift, ast.RShift)
@@ -40,6 +41,8 @@ class ExpressionChecker:
     def __init__(self, checked: Checked, constants: Constants) -> None:
         self.checked, self.constants = checked, constants
         self.source = checked.source
+        self.registers = Registers(checked.source, constants)
+        self.changed = False  # in this pass: there must be another
         self.assigned: set[str] | None = set(checked.parameters)  # None: control is never here
 
     def refuse(self, node: ast.AST, reason: str, next_step: str = "") -> InvalidProgram:
@@ -144,6 +147,7 @@ class ExpressionChecker:
                 f"{name} is not defined when the kernel is decorated.",
                 "Define it above the kernel.",
             )
+        self.refuse_all_globals(node)
         raise self.refuse(
             node,
             f"{name} is {_described(value)}; kernels know numbers of the module and kernels.",
@@ -159,6 +163,10 @@ class ExpressionChecker:
             )
 
     def attribute(self, node: ast.Attribute, ring: bool) -> str:
+        register = self.registers.name_of(node)
+        if register is not None:
+            return self.global_read(node, register)
+        self.refuse_all_globals(node)
         found = self.constants.object_of(node)
         if found is not MISSING:
             raise self.refuse(
@@ -169,6 +177,9 @@ class ExpressionChecker:
         raise self.unknown(node)
 
     def subscript(self, node: ast.Subscript, ring: bool) -> str:
+        register = self.registers.name_of(node)
+        if register is not None:
+            return self.global_read(node, register)
         return self.array_at(node)
 
     def array_at(self, node: ast.Subscript) -> str:
@@ -187,6 +198,51 @@ class ExpressionChecker:
             raise self.refuse(node.slice, "an index is an int.", "Write int(...).")
         return self.checked.arrays[name].letter
 
+    # -- globals -----------------------------------------------------------------------------
+
+    def global_read(self, node: ast.AST, name: str) -> str:
+        self.checked.touched[node] = name
+        return self.global_given(node, name, "?")
+
+    def refuse_all_globals(self, node: ast.AST) -> None:
+        if self.registers.is_globals(node):
+            raise self.refuse(
+                node,
+                "manifold.globals is not a number.",
+                "Name one of them: manifold.globals.counter.",
+            )
+
+    def global_given(self, node: ast.AST, name: str, letter: str) -> str:
+        """The letter of a global that is given a value of type `letter`, or declared to have it."""
+        known = self.checked.globals
+        before = known.get(name, "?")
+        both = joined(before, "i" if letter == "b" else letter)
+        if both is None or len(both) > 1:
+            raise self.refuse(
+                node,
+                f"{name} is {an(before)} elsewhere, but {an(letter)} here: a global has one type.",
+                f"Convert it, or write the constant with a point; where it is read only, the type: "
+                f"x: float = manifold.globals.{name}.",
+            )
+        if len(known) >= GLOBALS_MAX and name not in known:
+            raise self.refuse(node, f"more than {GLOBALS_MAX} globals.", "Use an array.")
+        self.changed |= both != before
+        known[name] = both
+        return both
+
+    def global_call(self, node: ast.Call, callee: str) -> str:
+        count = {"globals.add": 2, "globals.propose": 3}[callee]
+        if len(node.args) != count:
+            raise self.refuse(
+                node,
+                f"{callee} takes {count} arguments.",
+                'Write add("name", amount) or propose("name", expected, new).',
+            )
+        name = self.checked.touched[node] = self.registers.named(node.args[0])
+        for each in node.args[1:]:
+            self.global_given(each, name, self.number(each))
+        return self.checked.globals[name] + "b" * (callee == "globals.propose")
+
     # -- operators ---------------------------------------------------------------------------
 
     def binary(self, node: ast.BinOp, ring: bool) -> str:
@@ -203,10 +259,10 @@ class ExpressionChecker:
             raise self.refuse(node, "bit operations and shifts take ints.", "Write int(...).")
         if "f" in both:  # a float is no residue: the ints must be what they are
             self.number(node.left), self.number(node.right)
-        if "?" in both:
-            return "?"
         if isinstance(op, ast.Div):
             return "f"
+        if "?" in both:
+            return "f" if "f" in both else "?"
         if both == "bb" and isinstance(op, (ast.BitAnd, ast.BitOr, ast.BitXor)):
             return "b"
         return "f" if "f" in both else "i"
@@ -271,11 +327,15 @@ class ExpressionChecker:
         self.checked.calls[node] = callee
         if isinstance(callee, KernelBase):
             self.arguments(node, callee.checked)
+            for name, letter in callee.checked.globals.items():
+                self.global_given(node, name, letter)
             return callee.checked.leaves
         if callee == SELF:
             self.checked.recursive = True
             self.arguments(node, self.checked)
             return self.checked.leaves
+        if callee.startswith("globals."):
+            return self.global_call(node, callee)
         return self.builtin(node, callee)
 
     def callee(self, node: ast.Call) -> Callee:
@@ -284,6 +344,9 @@ class ExpressionChecker:
             raise self.refuse(func, f"{func.id} is a variable, not a kernel.", "Rename it.")
         if isinstance(func, ast.Name) and func.id == self.checked.name:
             return SELF
+        of_globals = self.registers.call_of(func)
+        if of_globals is not None:
+            return of_globals
         found = self.constants.object_of(func)
         if isinstance(found, KernelBase):
             return found

@@ -19,6 +19,7 @@ from manifold.vm.errors import InvalidProgram
 from manifold.vm.python.checker import check
 from manifold.vm.python.code import TOO_LARGE
 from manifold.vm.python.kinds import KernelBase, an, word
+from manifold.vm.python.registers import connected
 from manifold.vm.python.slices import Slices
 from manifold.vm.python.source import read
 from manifold.vm.python.writer import write
@@ -99,7 +100,10 @@ class Kernel(KernelBase, Generic[P, R]):
         return self._program(True)
 
     def compiled(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """The result of the compiled program, computed in this process."""
+        """The result of the compiled program, computed in this process.
+
+        Globals are those of `manifold.globals`, which must be connected to a cluster.
+        """
         if kwargs:
             raise TypeError(f"{self.__name__} takes its arguments by position.")
         wanted = self.checked.parameters
@@ -161,7 +165,7 @@ def _run(program: Program, arguments: list[int | float]) -> list[int | float]:
         slices = Slices(time.perf_counter)
         partial = unit.run(
             0, 1, gas=slices.start(), on_yield=slices.more, on_sleep=time.sleep,
-            arguments=arguments,
+            arguments=arguments, on_global=connected() if program.globals else None,
         ).partial  # fmt: skip
     entries = finish("collect", partial, 0, 1)
     assert isinstance(entries, list)

@@ -54,6 +54,8 @@ class Checked:
     types: dict[ast.AST, str] = field(default_factory=dict)
     constants: Mapping[ast.AST, Number] = field(default_factory=dict)
     calls: dict[ast.Call, Callee] = field(default_factory=dict)
+    globals: dict[str, str] = field(default_factory=dict)  # name -> letter; of called kernels too
+    touched: dict[ast.AST, str] = field(default_factory=dict)  # what is a global, and its name
     counters: frozenset[str] = frozenset()  # see writing.py
     looped: frozenset[str] = frozenset()  # assigned by nothing but `for`
     recursive: bool = False

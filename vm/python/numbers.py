@@ -126,6 +126,9 @@ class NumberWriter:
                 self.choice(node)
             case ast.Compare():
                 self.compare(node)
+            case ast.Attribute() | ast.Subscript() if node in self.frame.checked.touched:
+                self.touch(node)
+                self.code.of_global("LOAD_GLOBAL", self.frame.checked.touched[node])
             case ast.Subscript():
                 self.code.op("LOADI", self.element(node))
             case ast.Call():

@@ -37,7 +37,7 @@ STATEMENTS: dict[type[ast.AST], Refusal] = {
     ast.ImportFrom: ("a kernel does not import.", "Import at the top of the file; math is known."),
     ast.Global: (
         "kernels do not write to the module: they run on many machines.",
-        "Return the value.",
+        "Return the value, or write what the whole cluster has: manifold.globals.name = ...",
     ),
     ast.Nonlocal: ("kernels do not write to enclosing functions.", "Return the value."),
     ast.Match: ("kernels have no match.", "Write if, elif, else."),

@@ -25,7 +25,7 @@ def write(checked: Checked, *, over_range: bool) -> Program:
     letters = "".join(checked.parameters.values())
     assert not over_range or letters.startswith("i")
     first = 0 if over_range else FIRST_ARGUMENT
-    code = Code(checked.source.filename, letters[1 - first :], FIRST_ARGUMENT)
+    code = Code(checked.source.filename, letters[1 - first :], FIRST_ARGUMENT, checked.globals)
     cells = {name: first + at for at, name in enumerate(checked.parameters)}
     writer = Writer(code, Frame(checked, cells, 0, is_main=True))
     writer.program()
@@ -107,7 +107,17 @@ class Writer(NumberWriter):
                 self.copy(callee.checked)
         else:
             assert isinstance(callee, str)
-            self.builtin(callee, node)
+            if callee.startswith("globals."):
+                self.global_call(callee, node)
+            else:
+                self.builtin(callee, node)
+
+    def global_call(self, callee: str, node: ast.Call) -> None:
+        for each in node.args[1:]:
+            self.expression(each)
+        self.touch(node)
+        name = "ADD_GLOBAL" if callee == "globals.add" else "PROPOSE_GLOBAL"
+        self.code.of_global(name, self.frame.checked.touched[node])
 
     def copy(self, called: Checked) -> None:
         """The body of another kernel; its arguments are on the stack, its results come there."""
@@ -166,6 +176,10 @@ class Writer(NumberWriter):
             case ast.AnnAssign():
                 assert node.value is not None
                 self.assignment([node.target], node.value)
+            case ast.AugAssign():
+                self.expression(node.value)
+                self.code.of_global("ADD_GLOBAL", self.frame.checked.touched[node.target])
+                self.code.op("POP")
             case ast.If():
                 self.branch(node)
             case ast.While():
@@ -270,6 +284,8 @@ class Writer(NumberWriter):
         """The value on top goes to a variable or an element."""
         if isinstance(target, ast.Name):
             self.code.op("STORE", self.frame.cells[target.id])
+        elif target in self.frame.checked.touched:
+            self.code.of_global("STORE_GLOBAL", self.frame.checked.touched[target])
         else:
             assert isinstance(target, ast.Subscript)
             self.code.op("STOREI", self.element(target))

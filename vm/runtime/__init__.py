@@ -1,7 +1,8 @@
 """Runtime: a worker's machine, which runs programs over blocks of indices.
 
 Interface: `Machine(memory_bytes)`, `machine.load(program, reduce) -> Unit`, `unit.run(lo, hi, ...)
--> Outcome`, `calibrate() -> gas per second`. Partial results and their merging are in `results`.
+-> Outcome`, `calibrate() -> gas per second`. Partial results and their merging are in `results`;
+`Globals` is who gives a run the registers of the cluster.
 wasmtime is imported only when a Machine is made.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from manifold.vm.runtime.globals import Globals
 from manifold.vm.runtime.outcome import Outcome, Stopped
 from manifold.vm.runtime.results import REDUCTIONS, Partial, finish, merge
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "REDUCTIONS",
+    "Globals",
     "Machine",
     "Outcome",
     "Partial",

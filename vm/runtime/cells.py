@@ -1,14 +1,14 @@
 """What stands in the cells when an index starts, and how a fault becomes a Trap.
 
-Interface: `check_arguments` once a run, `initial_cells` at an index, `trap` at a fault. Shared by
-both back ends, so that they cannot differ.
+Interface: `check_arguments` once a run, `initial_cells` at an index, `trap` at a fault, `placed`
+where who has the globals refused. Shared by both back ends, so that they cannot differ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from manifold.vm.errors import InvalidProgram, Trap
+from manifold.vm.errors import InvalidProgram, ManifoldError, Trap
 from manifold.vm.runtime.results import as_number
 from manifold.vm.syntax.isa import FAULT_TEXT, Fault
 from manifold.vm.syntax.program import ARGUMENTS_MAX, I64_MAX, I64_MIN, Program
@@ -26,6 +26,7 @@ _NEXT_STEP = {
     Fault.UNKNOWN: "See docs/entangle.md.",
     Fault.OVERFLOW: "Keep values below 2^63, or use @kernel(wrap=True): ADD SUB MUL.",
     Fault.RAISED: "",
+    Fault.GLOBAL: "",
 }
 
 
@@ -90,3 +91,19 @@ def trap(
         index=index,
         results=tuple(results),
     )
+
+
+def placed(
+    error: ManifoldError,
+    program: Program,
+    at: int,
+    cells: Sequence[Value],
+    index: int,
+    results: Sequence[Value],
+) -> Trap:
+    """`error`, which instruction `at` met with outside of the program: what and where."""
+    found = trap(program, at, error.message.rstrip("."), cells, index, results)
+    found.next_step = error.next_step
+    found.code = error.code
+    found.__cause__ = error
+    return found

@@ -1,8 +1,8 @@
 """A worker's machine: one WebAssembly engine, a bounded cache of compiled programs.
 
 Interface: `Machine(memory_bytes)`; `load(program, reduce) -> Unit` verifies, compiles and keeps it;
-`unit.run(lo, hi, gas=..., on_yield=..., on_sleep=..., arguments=())`. One thread at a time. Call
-`close()` when done: wasmtime objects are freed here and not by the garbage collector.
+`unit.run(lo, hi, gas=..., on_yield=..., on_sleep=..., arguments=(), on_global=None)`. One thread at
+a time. Call `close()` when done: wasmtime objects are freed here and not by the garbage collector.
 Invariants:
   M1  a unit evicted from the cache is closed, unless it is running; a closed unit does not run;
   M2  no WebAssembly trap carries a meaning: faults come back as control words. The one trap that
@@ -38,10 +38,11 @@ from manifold.vm.compile.layout import (
     array_offsets,
 )
 from manifold.vm.compile.module import imports, used_cells
-from manifold.vm.errors import Exhausted, InvalidProgram
+from manifold.vm.errors import Exhausted, InvalidProgram, ManifoldError
 from manifold.vm.interpret import run as interpret
 from manifold.vm.kid import Kid
-from manifold.vm.runtime.cells import Value, check_arguments, initial_cells, trap
+from manifold.vm.runtime.cells import Value, check_arguments, initial_cells, placed, trap
+from manifold.vm.runtime.globals import Access, Globals, required
 from manifold.vm.runtime.outcome import OUTPUT_BYTES_MAX, OnSleep, OnYield, Outcome, Stopped
 from manifold.vm.runtime.results import (
     FLAT,
@@ -52,7 +53,7 @@ from manifold.vm.runtime.results import (
     values_of,
 )
 from manifold.vm.syntax import Program, assemble
-from manifold.vm.syntax.isa import Fault
+from manifold.vm.syntax.isa import BY_NAME, USES_GLOBALS, Fault
 from manifold.vm.syntax.program import ARGUMENTS_MAX, I64_MAX, I64_MIN
 from manifold.vm.valid import Verified, verify
 
@@ -144,10 +145,12 @@ class Unit:
         on_yield: OnYield,
         on_sleep: OnSleep,
         arguments: Sequence[Value] = (),
+        on_global: Globals | None = None,
     ) -> Outcome:
         """Runs every index of `[lo, hi)`, or the range program once.
 
         `on_yield(gas_used_so_far)` is called when gas runs out; it returns more, or 0 to stop.
+        `on_global` reads and writes globals; a program that has some is refused without it.
         Raises Trap, Exhausted, Stopped, or what a callback raised.
         """
         if not I64_MIN <= lo <= hi <= I64_MAX or not 0 <= gas <= I64_MAX:
@@ -155,10 +158,11 @@ class Unit:
         if self.closed:
             raise Exhausted("The unit has left the machine's cache.", "Load the program again.")
         assert not self.running, "a unit runs one block at a time"
+        access = required(self.program, on_global)
         self.running = True
         try:
             if self._compiled is not None:
-                return self._compiled.run(lo, hi, gas, on_yield, on_sleep, arguments)
+                return self._compiled.run(lo, hi, gas, on_yield, on_sleep, arguments, access)
             return interpret(
                 self.verified,
                 self.reduce,
@@ -168,6 +172,7 @@ class Unit:
                 on_yield=on_yield,
                 on_sleep=on_sleep,
                 arguments=arguments,
+                on_global=on_global,
             )
         finally:
             self.running = False
@@ -211,6 +216,7 @@ class _Compiled:
         hosts: dict[str, tuple[wasmtime.FuncType, Callable[..., Any]]] = {
             "yield": (wasmtime.FuncType([i64], [i64]), self._yield),
             "sleep": (wasmtime.FuncType([f64], [i32]), self._sleep),
+            "global": (wasmtime.FuncType([i32, i32, i64, i64, i64], [i64, i32]), self._reach),
             "flush": (wasmtime.FuncType([i64, i64], [i32]), self._flush),
         }
         functions = [
@@ -243,6 +249,8 @@ class _Compiled:
         self._failure: BaseException | None = None
         self._on_yield: OnYield | None = None
         self._on_sleep: OnSleep | None = None
+        self._access: Access | None = None
+        self._refused: ManifoldError | None = None
 
     def close(self) -> None:
         self._memory.release()
@@ -276,6 +284,27 @@ class _Compiled:
             return 1
         return 0
 
+    def _reach(
+        self, operation: int, number: int, index: int, first: int, second: int
+    ) -> tuple[int, int]:
+        """A global: its value and a flag; 2 says that it could not be done."""
+        try:
+            assert self._access is not None
+            name = USES_GLOBALS[operation]
+            takes, leaves = BY_NAME[name].stack_of(json=self.program.dialect == "json")
+            is_float = self.program.globals[number].type == "f64"
+            taken = [_value_of(bits, is_float) for bits in (first, second)[: len(takes)]]
+            found = self._access.carry_out(name, index, number, taken)
+            flag = int(found.pop()) if leaves[-1:] in ("i", "s") else 0
+            return (_bits_of(found[0]) if found else 0), flag
+        except Stopped as failure:
+            self._failure = failure
+        except ManifoldError as error:
+            self._refused = error
+        except BaseException as failure:  # as above
+            self._failure = failure
+        return 0, 2
+
     def _flush(self, values: int, indices: int) -> int:
         """Empties the buffers; 1 if that is too much."""
         self._output_bytes += 8 * values + 4 * indices
@@ -298,10 +327,12 @@ class _Compiled:
         on_yield: OnYield,
         on_sleep: OnSleep,
         arguments: Sequence[Value],
+        access: Access | None,
     ) -> Outcome:
         if arguments or self._arguments:
             self._give(check_arguments(self.verified, arguments))
         self._on_yield, self._on_sleep, self._granted = on_yield, on_sleep, gas
+        self._access = access
         try:
             raw = self._raw
             raw[0].i64, raw[1].i64, raw[2].i64 = lo, hi, gas
@@ -358,7 +389,10 @@ class _Compiled:
         for cell in self._spilled:
             form = "<d" if self.verified.cells[cell] == "f" else "<q"
             (cells[cell],) = struct.unpack_from(form, self._memory, CELLS_AT + 8 * cell)
-        raise trap(self.program, at, Fault(code), cells, index, self._results_so_far(control))
+        results = self._results_so_far(control)
+        if self._refused is not None:
+            raise placed(self._refused, self.program, at, cells, index, results)
+        raise trap(self.program, at, Fault(code), cells, index, results)
 
     def _results_so_far(self, control: Control) -> list[Value]:
         """What the faulting index had emitted; known where values are collected."""
@@ -401,6 +435,21 @@ class _Compiled:
 
 
 _ONE = (1).to_bytes(4, "little")
+
+
+def _value_of(bits: int, is_float: bool) -> Value:
+    """64 bits, as WebAssembly hands them over, as a number."""
+    if not is_float:
+        return bits
+    (value,) = struct.unpack("<d", struct.pack("<q", bits))
+    return float(value)
+
+
+def _bits_of(value: Value) -> int:
+    if isinstance(value, int):
+        return value
+    (bits,) = struct.unpack("<q", struct.pack("<d", value))
+    return int(bits)
 
 
 _CALIBRATION = """

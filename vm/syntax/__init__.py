@@ -8,7 +8,7 @@ canonical encoding that travels. Everything refused is refused by InvalidProgram
 from __future__ import annotations
 
 from manifold.vm.errors import InvalidProgram
-from manifold.vm.syntax.program import Array, Function, Instruction, Program, decode
+from manifold.vm.syntax.program import Array, Function, Global, Instruction, Program, decode
 from manifold.vm.syntax.seed import load_seed
 from manifold.vm.syntax.text import assemble, disassemble
 
@@ -18,6 +18,7 @@ __all__ = [
     "SOURCE_BYTES_MAX",
     "Array",
     "Function",
+    "Global",
     "Instruction",
     "Program",
     "assemble",

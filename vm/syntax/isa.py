@@ -10,7 +10,8 @@ Invariants:
 `types` is what the verifier runs: the values taken, a colon, the values left. Taken: `n` a number,
 `i` an i64. Left: `i` an i64, `f` an f64, `j` the join of what was taken (f64 if any was, else i64),
 `1` `2` `3` the first, second, third value taken, `c` the constant, `m` the cell, `a` the array
-element, `s` what the dialect counts indices in (i64 in .ent, f64 in JSON).
+element, `s` what the dialect counts indices in (i64 in .ent, f64 in JSON). Taken or left: `g` what
+the global is declared as (taken, an i64 becomes an f64 where that is wanted).
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Fault(Enum):
     UNKNOWN = 9
     OVERFLOW = 10
     RAISED = 11
+    GLOBAL = 12
 
 
 FAULT_TEXT = {
@@ -57,6 +59,7 @@ FAULT_TEXT = {
     Fault.UNKNOWN: "unknown instruction",
     Fault.OVERFLOW: "int overflow",
     Fault.RAISED: "the fault it names",
+    Fault.GLOBAL: "what the cluster says",
 }
 
 
@@ -75,6 +78,7 @@ class Spec:
     seed: bool = False  # the JSON dialect has it
     reserved: bool = False  # has its place here, but this release does not run it
     ends: bool = False  # control never goes on to the next instruction
+    json_types: str = ""  # where they differ from `types` in the JSON dialect
 
     @property
     def taken(self) -> str:
@@ -84,9 +88,16 @@ class Spec:
     def left(self) -> str:
         return self.types.split(":")[1]
 
+    def stack_of(self, *, json: bool) -> tuple[str, str]:
+        """What it takes and leaves in one of the dialects."""
+        taken, left = ((json and self.json_types) or self.types).split(":")
+        return taken, left
+
 
 _N, _DIV = Immediate.NONE, (Fault.DIVISION,)
 _OVER = (Fault.OVERFLOW,)
+_GLOBAL, _ASK = Immediate.GLOBAL, (Fault.GLOBAL,)
+GLOBAL_GAS = 1000  # what asking costs this node; waiting for the others costs it nothing
 # ruff: noqa: E501 (a table reads best as one row an instruction)
 
 TABLE: tuple[Spec, ...] = (
@@ -169,15 +180,17 @@ TABLE: tuple[Spec, ...] = (
          gas=1000, seed=True),
     Spec("GET_START", 99, _N, "( -- start )", ":s", "Pushes the first index of this run.", seed=True),
     Spec("GET_END", 100, _N, "( -- end )", ":s", "Pushes the end of this run (exclusive).", seed=True),
+    # Globals: what the whole cluster agrees on. Each write is an effect of its index, done once.
+    Spec("LOAD_GLOBAL", 112, _GLOBAL, "( -- value )", ":g", "Reads a global.",
+         gas=GLOBAL_GAS, faults=_ASK, seed=True),
+    Spec("STORE_GLOBAL", 113, _GLOBAL, "( value -- )", "g:", "Writes a global.",
+         gas=GLOBAL_GAS, faults=_ASK, seed=True),
+    Spec("PROPOSE_GLOBAL", 114, _GLOBAL, "( expected new -- found flag )", "gg:gi",
+         "Writes a global if it holds what is expected; what it held, and 1 or 0 (JSON: `( new -- flag )`).",
+         gas=GLOBAL_GAS, faults=_ASK, seed=True, json_types="g:s"),
+    Spec("ADD_GLOBAL", 115, _GLOBAL, "( value -- before )", "g:g",
+         "Adds to a global and pushes what it held before.", gas=GLOBAL_GAS, faults=_ASK),
     # Places of what comes later: they assemble and disassemble, the verifier refuses them.
-    Spec("LOAD_GLOBAL", 112, Immediate.GLOBAL, "( -- value )", ":j", "Reads a global.",
-         seed=True, reserved=True),
-    Spec("STORE_GLOBAL", 113, Immediate.GLOBAL, "( value -- )", "n:", "Writes a global.",
-         seed=True, reserved=True),
-    Spec("PROPOSE_GLOBAL", 114, Immediate.GLOBAL, "( expected new -- found flag )", "nn:ji",
-         "Writes a global if it holds what is expected.", seed=True, reserved=True),
-    Spec("ADD_GLOBAL", 115, Immediate.GLOBAL, "( value -- before )", "n:j",
-         "Adds to a global and pushes what it held.", reserved=True),
     Spec("SEND", 116, Immediate.CHANNEL, "( value -- )", "n:", "Sends on a channel.", reserved=True),
     Spec("RECV", 117, Immediate.CHANNEL, "( -- value )", ":j", "Receives from a channel.",
          reserved=True),
@@ -193,7 +206,9 @@ TABLE: tuple[Spec, ...] = (
 
 BY_NAME: dict[str, Spec] = {spec.name: spec for spec in TABLE}
 BY_OPCODE: dict[int, Spec] = {spec.opcode: spec for spec in TABLE}
-NAMED = (Immediate.GLOBAL, Immediate.CHANNEL, Immediate.SHARED, Immediate.TEXT)
+NAMED = (Immediate.CHANNEL, Immediate.SHARED, Immediate.TEXT)
+WRITES_GLOBALS = ("STORE_GLOBAL", "PROPOSE_GLOBAL", "ADD_GLOBAL")
+USES_GLOBALS = ("LOAD_GLOBAL", *WRITES_GLOBALS)  # a compiled program tells its host which by number
 
 
 def table_markdown() -> str:

@@ -8,7 +8,8 @@ Invariants:
   P1  `decode(program.ir) == program`, and `decode` refuses every other spelling of it;
   P2  every immediate is in range of its own table (array, function, name) and every jump lands on
       an instruction or on the end; the verifier, which can name lines, checks the rest;
-  P3  names stand in the order of their first use, so that text and encoding are one to one.
+  P3  names stand in the order of their first use, so that text and encoding are one to one;
+  P4  a program without globals is encoded as before there were any: its KID has not changed.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
 from manifold.vm.errors import InvalidProgram
 from manifold.vm.kid import Kid, kid_of
-from manifold.vm.syntax.isa import BY_OPCODE, NAMED, Immediate, Spec
+from manifold.vm.syntax.isa import BY_OPCODE, NAMED, WRITES_GLOBALS, Immediate, Spec
 
 IR_VERSION = 1
+IR_VERSION_WITH_GLOBALS = 2
 IR_BYTES_MAX = 4 << 20  # 64 Ki instructions of at most 1 + 9 + 5 bytes, and the tables
 INSTRUCTIONS_MAX = 65_536
 CELLS_MAX = 1024
@@ -34,11 +36,15 @@ FUNCTIONS_MAX = 1024
 ARGUMENTS_MAX = 32
 NAMES_MAX = 1024
 NAME_LENGTH_MAX = 64
+GLOBALS_MAX = 64  # 8 KiB of names, which a job that writes them all carries with it
+GLOBAL_LENGTH_MAX = 128
 LINE_MAX = 1 << 31
 SLEEP_SECONDS_MAX = 3600.0
 I64_MIN, I64_MAX = -(1 << 63), (1 << 63) - 1
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*\Z")  # of labels, arrays and functions
+GLOBAL_NAME = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*\Z")
+GLOBALS_FOLDER = "/globals/"  # where people find them: /globals/NAME is NAME
 
 Type = Literal["i64", "f64"]
 Kind = Literal["index", "range"]
@@ -66,6 +72,13 @@ class Array(NamedTuple):
     length: int
 
 
+class Global(NamedTuple):
+    """A register of the whole cluster, and the type that the program wants it to have."""
+
+    name: str
+    type: Type
+
+
 class Function(NamedTuple):
     """A function: where it starts, how many values it takes and leaves."""
 
@@ -90,6 +103,7 @@ class Program:
     names: tuple[str, ...]
     instructions: tuple[Instruction, ...] = field(repr=False)
     filename: str = ""
+    globals: tuple[Global, ...] = ()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Program) and self.ir == other.ir
@@ -103,6 +117,16 @@ class Program:
         wanted = {_CAPABILITY.get(each.spec.name, "") for each in self.instructions}
         return tuple(sorted(wanted - {""}))
 
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The globals that it may write, in alphabetical order."""
+        found = {
+            self.globals[int(each.operand or 0)].name
+            for each in self.instructions
+            if each.spec.name in WRITES_GLOBALS
+        }
+        return tuple(sorted(found))
+
     def text_of(self, at: int) -> str:
         """The instruction at `at` as the disassembler writes it: labels are `L` and an index."""
         spec, operand = self.instructions[at].spec, self.instructions[at].operand
@@ -114,12 +138,15 @@ class Program:
             return f"{spec.name} L{self.functions[int(operand)].entry}"
         if spec.immediate is Immediate.ARRAY:
             return f"{spec.name} {self.arrays[int(operand)].name}"
+        if spec.immediate is Immediate.GLOBAL:
+            return f"{spec.name} {self.globals[int(operand)].name}"
         if spec.immediate in NAMED:
             return f"{spec.name} {self.names[int(operand)]}"
         return f"{spec.name} {number_text(operand)}"
 
 
-_CAPABILITY = {"PRINT": "print", "EMIT": "print", "SLEEP": "sleep"}
+_CAPABILITY = {"PRINT": "print", "EMIT": "print", "SLEEP": "sleep", "LOAD_GLOBAL": "globals"}
+_CAPABILITY |= dict.fromkeys(WRITES_GLOBALS, "globals")
 
 _Name = Annotated[str, msgspec.Meta(max_length=NAME_LENGTH_MAX)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=INSTRUCTIONS_MAX)]
@@ -131,6 +158,11 @@ class _ArrayImage(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     name: _Name
     type: Type
     length: Annotated[int, msgspec.Meta(ge=1, le=ARRAY_BYTES_MAX // 8)]
+
+
+class _GlobalImage(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    name: Annotated[str, msgspec.Meta(max_length=GLOBAL_LENGTH_MAX)]
+    type: Type
 
 
 class _FunctionImage(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -156,8 +188,16 @@ class _Image(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     lines: Annotated[tuple[_Line, ...], msgspec.Meta(max_length=INSTRUCTIONS_MAX)]
 
 
+class _ImageWithGlobals(_Image, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The same of a program that has globals (P4)."""
+
+    globals: Annotated[tuple[_GlobalImage, ...], msgspec.Meta(min_length=1, max_length=GLOBALS_MAX)]
+
+
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(_Image)
+_DECODER_WITH_GLOBALS = msgspec.msgpack.Decoder(_ImageWithGlobals)
+_HEAD_WITH_GLOBALS = b"\x9d"  # MessagePack's array of 13
 
 
 def build(
@@ -170,6 +210,7 @@ def build(
     arrays: tuple[Array, ...] = (),
     functions: tuple[Function, ...] = (),
     names: tuple[str, ...] = (),
+    globals: tuple[Global, ...] = (),
     instructions: tuple[Instruction, ...],
     filename: str = "",
 ) -> Program:
@@ -180,20 +221,23 @@ def build(
             f"{INSTRUCTIONS_MAX}."
         )
     operands = tuple(_canonical(each) for each in instructions if each.operand is not None)
-    image = _Image(
-        version=IR_VERSION,
-        kind=kind,
-        dialect=dialect,
-        entry=entry,
-        cells=cells,
-        arguments=arguments,
-        arrays=tuple(_ArrayImage(*each) for each in arrays),
-        functions=tuple(_FunctionImage(*each) for each in functions),
-        names=names,
-        code=bytes(each.opcode for each in instructions),
-        operands=operands,
-        lines=tuple(each.line for each in instructions),
-    )
+    fields: dict[str, Any] = {
+        "kind": kind,
+        "dialect": dialect,
+        "entry": entry,
+        "cells": cells,
+        "arguments": arguments,
+        "arrays": tuple(_ArrayImage(*each) for each in arrays),
+        "functions": tuple(_FunctionImage(*each) for each in functions),
+        "names": names,
+        "code": bytes(each.opcode for each in instructions),
+        "operands": operands,
+        "lines": tuple(each.line for each in instructions),
+    }
+    image = _Image(version=IR_VERSION, **fields)
+    if globals:
+        declared = tuple(_GlobalImage(*each) for each in globals)
+        image = _ImageWithGlobals(version=IR_VERSION_WITH_GLOBALS, **fields, globals=declared)
     return decode(_ENCODER.encode(image), filename)
 
 
@@ -201,12 +245,18 @@ def decode(ir: bytes, filename: str = "") -> Program:
     """The program that `ir` encodes; InvalidProgram for any other bytes."""
     if len(ir) > IR_BYTES_MAX:
         raise _malformed(f"{len(ir)} bytes; the limit is {IR_BYTES_MAX}")
+    image: _Image
     try:
-        image = _DECODER.decode(ir)
+        if ir[:1] == _HEAD_WITH_GLOBALS:
+            image = _DECODER_WITH_GLOBALS.decode(ir)
+        else:
+            image = _DECODER.decode(ir)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _malformed(str(error)) from None
-    if image.version != IR_VERSION:
-        raise _malformed(f"version {image.version}; this release reads version {IR_VERSION}")
+    declared = image.globals if isinstance(image, _ImageWithGlobals) else ()
+    version = IR_VERSION_WITH_GLOBALS if declared else IR_VERSION
+    if image.version != version:
+        raise _malformed(f"version {image.version}; this release reads version {version}")
     if _ENCODER.encode(image) != ir:
         raise _malformed("it is not in canonical form")
     if sum(each.length for each in image.arrays) * 8 > ARRAY_BYTES_MAX:
@@ -214,12 +264,13 @@ def decode(ir: bytes, filename: str = "") -> Program:
     for each in image.arrays:
         if not NAME.match(each.name):
             raise _malformed(f"{each.name!r} is not a name for an array")
+    _check_globals(image, declared)
     for name in image.names:
         if not name or not name.isprintable() or any(c.isspace() or c in ";:" for c in name):
             raise _malformed(f"{name!r} is not a name")
     if len({each.name for each in image.arrays}) != len(image.arrays):
         raise _malformed("two arrays have one name")
-    instructions = _instructions(image)
+    instructions = _instructions(image, len(declared))
     used = [int(e.operand or 0) for e in instructions if e.spec.immediate in NAMED]
     if list(dict.fromkeys(used)) != list(range(len(image.names))):
         raise _malformed("names are not in the order of their first use")
@@ -242,10 +293,21 @@ def decode(ir: bytes, filename: str = "") -> Program:
         names=image.names,
         instructions=instructions,
         filename=filename,
+        globals=tuple(Global(each.name, each.type) for each in declared),
     )
 
 
-def _instructions(image: _Image) -> tuple[Instruction, ...]:
+def _check_globals(image: _Image, declared: tuple[_GlobalImage, ...]) -> None:
+    for each in declared:
+        if not GLOBAL_NAME.match(each.name):
+            raise _malformed(f"{each.name!r} is not a name for a global")
+        if image.dialect == "json" and each.type != "f64":
+            raise _malformed("a global of the JSON dialect is an f64")
+    if len({each.name for each in declared}) != len(declared):
+        raise _malformed("two globals have one name")
+
+
+def _instructions(image: _Image, globals_count: int) -> tuple[Instruction, ...]:
     """Joins the columns of `image`, checking each operand against its kind."""
     if len(image.code) != len(image.lines):
         raise _malformed("the line table does not fit the code")
@@ -260,14 +322,16 @@ def _instructions(image: _Image) -> tuple[Instruction, ...]:
         operand: Operand = None
         if spec.immediate is not Immediate.NONE:
             operand = next(operands, None)
-            _check_operand(image, spec, operand, line)
+            _check_operand(image, globals_count, spec, operand, line)
         found.append(Instruction(opcode, operand, line))
     if next(operands, None) is not None:
         raise _malformed("operands are left over")
     return tuple(found)
 
 
-def _check_operand(image: _Image, spec: Spec, operand: Operand, line: int) -> None:
+def _check_operand(
+    image: _Image, globals_count: int, spec: Spec, operand: Operand, line: int
+) -> None:
     """P2."""
     if operand is None:
         raise _malformed(f"{spec.name} lacks its {spec.immediate.value}")
@@ -291,6 +355,7 @@ def _check_operand(image: _Image, spec: Spec, operand: Operand, line: int) -> No
     sizes = {
         Immediate.ARRAY: len(image.arrays),
         Immediate.FUNCTION: len(image.functions),
+        Immediate.GLOBAL: globals_count,
         Immediate.LABEL: len(image.code) + 1,
         Immediate.CELL: CELLS_MAX,
     }

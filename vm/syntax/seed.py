@@ -3,7 +3,8 @@
 Interface: `load_seed(text, filename) -> Program`. A list is a per-index program; an object
 `{"kind": "range", "program": [...]}` is a range program. Every constant is an f64; names are read
 in any case; jumps are by index, and any index from the end on ends the program, so a HALT is
-appended there. An opcode that nobody knows is kept, and is a fault when it is reached.
+appended there. An opcode that nobody knows is kept, and is a fault when it is reached. Globals are
+declared by being named, and are f64.
 """
 
 from __future__ import annotations
@@ -16,8 +17,13 @@ from manifold.vm.errors import InvalidProgram
 from manifold.vm.syntax.isa import BY_NAME, Immediate, Spec
 from manifold.vm.syntax.program import (
     CELLS_MAX,
+    GLOBAL_LENGTH_MAX,
+    GLOBAL_NAME,
+    GLOBALS_FOLDER,
+    GLOBALS_MAX,
     INSTRUCTIONS_MAX,
     NAME_LENGTH_MAX,
+    Global,
     Instruction,
     Kind,
     Program,
@@ -57,6 +63,7 @@ def load_seed(text: str, filename: str = "program.json") -> Program:
         entry=0,
         cells=loader.cells,
         names=tuple(loader.names),
+        globals=tuple(Global(name, "f64") for name in loader.globals),
         instructions=tuple(code),
         filename=filename,
     )
@@ -94,6 +101,7 @@ class _Loader:
         self.length = length
         self.cells = _FIRST_CELLS
         self.names: dict[str, int] = {}
+        self.globals: dict[str, int] = {}
 
     def instruction(self, each: Any, line: int, at: int) -> Instruction:
         parts = [each] if isinstance(each, str) else each
@@ -110,8 +118,8 @@ class _Loader:
         return Instruction(spec.opcode, self.operand(spec, operands[0], at, line), line)
 
     def operand(self, spec: Spec, value: Any, at: int, line: int) -> int | float:
-        if spec.immediate is Immediate.GLOBAL and isinstance(value, str):
-            return self.name(value)
+        if spec.immediate is Immediate.GLOBAL:
+            return self.global_named(value, at, line)
         if not isinstance(value, int | float):
             raise self.refuse(at, line, f"{spec.name} {value!r}: not a number")
         if spec.immediate in (Immediate.NUMBER, Immediate.SECONDS):
@@ -130,6 +138,16 @@ class _Loader:
         if whole < 0:
             raise self.refuse(at, line, f"{spec.name} {whole}: no instruction has that index")
         return min(whole, self.length)
+
+    def global_named(self, value: Any, at: int, line: int) -> int:
+        name = value.removeprefix(GLOBALS_FOLDER) if isinstance(value, str) else ""
+        if not GLOBAL_NAME.match(name) or len(name) > GLOBAL_LENGTH_MAX:
+            raise self.refuse(
+                at, line, f"{value!r} is not a global's name: letters, digits, _ . - and / between"
+            )
+        if name not in self.globals and len(self.globals) >= GLOBALS_MAX:
+            raise self.refuse(at, line, f"more than {GLOBALS_MAX} globals")
+        return self.globals.setdefault(name, len(self.globals))
 
     def name(self, text: str) -> int:
         clean = "".join(c if c.isprintable() and c not in " ;:" else "_" for c in text)

@@ -4,8 +4,9 @@ Interface: `assemble(text, filename) -> Program`, `disassemble(program) -> str`.
 Invariant: T1 `assemble(disassemble(p)) == p` for every program, KID included.
 
 One instruction a line, `label:` before it or on a line of its own, `; comment`. Directives:
-`.cells n`, `.array name type length`, `.arguments type ...`, `.function label ( a b -- c )`,
-`.entry label`, `.range`, `.dialect json`, and `.line n`, which numbers the next line.
+`.cells n`, `.array name type length`, `.global name type`, `.arguments type ...`,
+`.function label ( a b -- c )`, `.entry label`, `.range`, `.dialect json`, and
+`.line n`, which numbers the next line.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from manifold.vm.syntax.program import (
     ARGUMENTS_MAX,
     ARRAY_BYTES_MAX,
     CELLS_MAX,
+    GLOBAL_LENGTH_MAX,
+    GLOBAL_NAME,
+    GLOBALS_FOLDER,
+    GLOBALS_MAX,
     I64_MAX,
     I64_MIN,
     INSTRUCTIONS_MAX,
@@ -28,6 +33,7 @@ from manifold.vm.syntax.program import (
     Array,
     Dialect,
     Function,
+    Global,
     Instruction,
     Kind,
     Operand,
@@ -41,7 +47,7 @@ _FLOAT = re.compile(
     r"[+-]?([0-9][0-9_]*\.[0-9_]*|\.[0-9]+|[0-9][0-9_]*(?=[eE])|inf|nan)([eE][+-]?[0-9]+)?\Z"
 )
 _TYPES: dict[str, Type] = {"i64": "i64", "f64": "f64"}
-_LATER = {".global": "globals", ".channel": "channels", ".shared": "shared arrays"}
+_LATER = {".channel": "channels", ".shared": "shared arrays"}
 
 
 @dataclass
@@ -56,6 +62,7 @@ class _Assembler:
     cells: int | None = None
     arguments: tuple[Type, ...] = ()
     arrays: dict[str, Array] = field(default_factory=dict)
+    globals: dict[str, Global] = field(default_factory=dict)
     functions: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # takes, leaves, line
     names: dict[str, int] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
@@ -135,14 +142,32 @@ class _Assembler:
                 self.dialect = "json"
             case ".line", [number]:
                 self.line = self.number(number, 0, LINE_MAX, ".line") - 1
-            case ((".global" | ".channel" | ".shared"), _):
+            case ".global", [name, kind]:
+                self.declare_global(name, self.type(kind))
+            case ((".channel" | ".shared"), _):
                 raise self.refuse(f"this release does not have {_LATER[word]}.")
             case _:
                 raise self.refuse(
                     f"{' '.join([word, *rest])!r} is not a directive.",
-                    "Directives: .cells n, .array name type length, .arguments type ..., "
-                    ".function label ( a -- b ), .entry label, .range, .dialect json, .line n.",
+                    "Directives: .cells n, .array name type length, .global name type, "
+                    ".arguments type ..., .function label ( a -- b ), .entry label, .range, "
+                    ".dialect json, .line n.",
                 )
+
+    def declare_global(self, written: str, kind: Type) -> None:
+        name = written.removeprefix(GLOBALS_FOLDER)
+        if not GLOBAL_NAME.match(name) or len(name) > GLOBAL_LENGTH_MAX:
+            raise self.refuse(
+                f"{written!r} is not a name for a global.",
+                f"Use letters, digits, _ . - and / between them, at most {GLOBAL_LENGTH_MAX}.",
+            )
+        if name in self.globals:
+            raise self.refuse(f"the global {name!r} stands twice.")
+        if len(self.globals) >= GLOBALS_MAX:
+            raise self.refuse(f"more than {GLOBALS_MAX} globals.")
+        if self.dialect == "json" and kind != "f64":
+            raise self.refuse("a global of the JSON dialect is an f64.")
+        self.globals[name] = Global(name, kind)
 
     def finish(self) -> Program:
         functions = {name: at for at, name in enumerate(self.functions)}
@@ -164,6 +189,7 @@ class _Assembler:
             arrays=tuple(self.arrays.values()),
             functions=tuple(table),
             names=tuple(self.names),
+            globals=tuple(self.globals.values()),
             instructions=instructions,
             filename=self.filename,
         )
@@ -211,6 +237,13 @@ class _Assembler:
             if word not in self.arrays:
                 raise self.refuse(f"no array is called {word!r}.", f".array {word} i64 1024")
             return list(self.arrays).index(word)
+        if kind is Immediate.GLOBAL:
+            name = word.removeprefix(GLOBALS_FOLDER)
+            if name not in self.globals:
+                raise self.refuse(
+                    f"no global is called {word!r}.", f"Declare it: .global {word} i64"
+                )
+            return list(self.globals).index(name)
         assert kind in NAMED
         return self.names.setdefault(word, len(self.names))
 
@@ -250,6 +283,7 @@ def disassemble(program: Program) -> str:
     if program.arguments:
         lines.append(".arguments " + " ".join(program.arguments))
     lines += [f".array {each.name} {each.type} {each.length}" for each in program.arrays]
+    lines += [f".global {each.name} {each.type}" for each in program.globals]
     for function in program.functions:
         takes = " ".join(_letters(function.takes, "a"))
         leaves = " ".join(_letters(function.leaves, "r"))

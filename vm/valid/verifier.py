@@ -7,7 +7,7 @@ What holds of a `Verified` program, and what the compiler relies on:
   V2  at every instruction the depth of the stack and the type of every entry are known; no path
       underflows, none exceeds STACK_MAX; a function takes and leaves what it declares;
   V3  every cell has one type, i64 or f64; every cell, array and function named exists;
-  V4  what needs an i64 (bit operations, array indices) gets one.
+  V4  what needs an i64 (bit operations, array indices, i64 globals) gets one.
 A JSON program whose depth differs at a join, or whose stack can underflow or outgrow the bound, is
 legal there: it comes back with `dynamic` saying why, and runs in the interpreter.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from manifold.vm.errors import InvalidProgram
-from manifold.vm.syntax.isa import Immediate, Spec
+from manifold.vm.syntax.isa import Immediate
 from manifold.vm.syntax.program import Instruction, Program, Type
 from manifold.vm.valid.gas import Plan, plan
 from manifold.vm.valid.graph import Graph, explore, shape
@@ -98,8 +98,7 @@ def _check_instructions(program: Program) -> None:
     for at, each in enumerate(program.instructions):
         spec = each.spec
         if spec.reserved:
-            what = {Immediate.GLOBAL: "globals", Immediate.CHANNEL: "channels"}
-            later = what.get(spec.immediate, "shared arrays")
+            later = "channels" if spec.immediate is Immediate.CHANNEL else "shared arrays"
             raise _refuse(program, at, f"this release does not have {later}.")
         if program.dialect == "json" and not (spec.seed or spec.name == "UNKNOWN"):
             raise _refuse(program, at, f"the JSON dialect has no {spec.name}.")
@@ -308,12 +307,13 @@ class _Checker:
         elif spec.name == "RET":
             self.leave(function, at, stack)
         else:
-            taken = self.take(function, at, stack, len(spec.taken))
-            for value, wanted in zip(taken, spec.taken, strict=True):
-                if wanted == "i":
+            takes, leaves = spec.stack_of(json=self.json)
+            taken = self.take(function, at, stack, len(takes))
+            for value, wanted in zip(taken, takes, strict=True):
+                if wanted == "i" or (wanted == "g" and self.global_type(each) == "i64"):
                     self.integers.append((value, at))
             self.effects(each, at, taken)
-            stack += [self.left(each, spec, letter, taken) for letter in spec.left]
+            stack += [self.left(each, letter, taken) for letter in leaves]
         if len(stack) > STACK_MAX:
             self.escape(at, f"the stack grows beyond {STACK_MAX} values.")
 
@@ -345,7 +345,10 @@ class _Checker:
             if array.type == "i64":
                 self.integers.append((taken[0], at))
 
-    def left(self, each: Instruction, spec: Spec, letter: str, taken: list[int]) -> int:
+    def global_type(self, each: Instruction) -> Type:
+        return self.program.globals[int(each.operand or 0)].type
+
+    def left(self, each: Instruction, letter: str, taken: list[int]) -> int:
         """The node of a value that an instruction leaves (letters: see vm/syntax/isa.py)."""
         if letter in "123":
             return taken[int(letter) - 1]
@@ -359,6 +362,8 @@ class _Checker:
             return self.types.fixed(isinstance(each.operand, float))
         if letter == "a":
             return self.types.fixed(self.program.arrays[int(each.operand or 0)].type == "f64")
+        if letter == "g":
+            return self.types.fixed(self.global_type(each) == "f64")
         assert letter in "is"
         return self.types.fixed(False)
 
