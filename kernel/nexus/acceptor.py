@@ -98,7 +98,6 @@ class Acceptor:
         self._fading: dict[str, None] = {}  # rows without data: `sweep` looks after them
         self._watchers: dict[str, dict[Kid, float]] = {}
         saved = durable.get(VOTER_NAME)
-        self.fresh = not saved
         if saved:
             record = _voter.decode(saved)
         else:
@@ -119,7 +118,7 @@ class Acceptor:
 
     def _keep(self, key: str, row: Row) -> None:
         self.rows[key] = row
-        if row.value is None or row.value.data is None:
+        if row.value is None or row.value.dead:
             self._fading[key] = None
         else:
             self._fading.pop(key, None)
@@ -129,10 +128,9 @@ class Acceptor:
         return self.config is not None and self.config.is_voter(self._context.me, self.disk)
 
     def start(self) -> None:
+        """Nothing is made durable: a number that nobody was told may be another next time."""
         for row in self.rows.values():
             row.since_ms = self._context.now_ms
-        if self.fresh:
-            self._persist_voter()
 
     # -- messages ---------------------------------------------------------------------------------
 
@@ -290,7 +288,12 @@ class Acceptor:
         return known is not None and known.count + 1 == config.count and self.votes
 
     def _scan(self, source: Kid, message: Scan) -> None:
-        keys = (k for k, row in self.rows.items() if k > message.after and row.accepted != ZERO)
+        after, prefix = message.after, message.prefix
+        keys = (
+            key
+            for key, row in self.rows.items()
+            if key > after and row.accepted != ZERO and key.startswith(prefix)
+        )
         page = heapq.nsmallest(SCAN_KEYS + 1, keys)
         last = len(page) <= SCAN_KEYS
         reply = Scanned(message.rid, tuple(page[:SCAN_KEYS]), last)
@@ -316,11 +319,23 @@ class Acceptor:
         floor = self.floors[shard_of(message.key)]
         if row is None or row.accepted != message.ballot or max(row.promised, row.accepted) > floor:
             return
-        if row.value is not None and row.value.data is not None:
+        if row.value is not None and not row.value.dead:
             return
         del self.rows[message.key]
         self._fading.pop(message.key, None)
         self._context.persist(KEY_PREFIX + message.key, b"")
+
+    @property
+    def untidy(self) -> bool:
+        """Whether there is something for `sweep`, now or later."""
+        return not self.stopped and bool(self._garbage or self._fading)
+
+    def rest_ms(self, age_ms: float) -> float:
+        """How long `sweep` has nothing to do, once it found nothing."""
+        if self._garbage or not self._fading:
+            return 0.0
+        oldest_ms = min(self.rows[key].since_ms for key in self._fading)
+        return oldest_ms + age_ms - self._context.now_ms
 
     def sweep(self, age_ms: float) -> str | None:
         """One step of cleaning; a tombstone old enough to be collected, where there is one."""

@@ -80,6 +80,11 @@ class Config(msgspec.Struct, frozen=True, array_like=True):
         return Config(self.epoch + 1, (), self.new)
 
 
+def final_epoch(epoch: int) -> int:
+    """Of the final configuration that this one is or leads to: odd counts are final."""
+    return epoch + 1 - epoch % 2
+
+
 def majority(voters: Sequence[Voter], kids: Container[str]) -> bool:
     return 2 * sum(voter.kid in kids for voter in voters) > len(voters)
 

@@ -25,6 +25,8 @@ RID_BITS = 61  # leaves 2^61 to count upward from
 
 CALLS_MAX = 1_000_000  # at the end of one event: more is a loop, a bug of ours
 
+GRACE_MS = 1.0  # a local network's round trip and a half
+
 Action = Callable[[float], None]
 
 
@@ -32,13 +34,31 @@ Action = Callable[[float], None]
 class Timing:
     """Spans of time, each in milliseconds of the node's own clock."""
 
-    timeout_ms: float = 60.0  # of a round, at least; four round trips where those are longer
+    timeout_ms: float = 20.0  # at least, where round trips are shorter; see `Pace`
     timeout_most_ms: float = 500.0
     contended_ms: float = 10_000.0  # so long after a collision a key goes to one proposer
-    doubt_ms: float = 1_000.0  # so long nothing is forwarded to who did not answer
+    doubt_ms: float = 1_000.0  # so long nothing is forwarded to who did not answer, then one
+    doubt_most_ms: float = 10_000.0  # operation to find out, and twice as long if that is lost
     gc_ms: float = 5_000.0  # age of a tombstone when it is collected
     poll_ms: float = 5_000.0  # of watches
     resume_ms: float = 5_000.0  # voters look this often for a change that was left half done
+
+
+@dataclass(slots=True)
+class Pace:
+    """How long something takes: mean and deviation as in RFC 6298, and the timeout from them."""
+
+    mean_ms: float
+    deviation_ms: float
+
+    def took(self, span_ms: float) -> None:
+        self.deviation_ms += (abs(span_ms - self.mean_ms) - self.deviation_ms) / 4
+        self.mean_ms += (span_ms - self.mean_ms) / 8
+
+    def timeout_ms(self, timing: Timing, tries: int = 0) -> float:
+        """Doubled with each try that came to nothing: else it would never learn a slower pace."""
+        long_ms = (self.mean_ms + 4 * self.deviation_ms) * (1 << min(tries, 4))
+        return min(max(long_ms, timing.timeout_ms), timing.timeout_most_ms)
 
 
 @dataclass(slots=True)
@@ -51,7 +71,8 @@ class Context:
     random: Random
     timing: Timing
     now_ms: float = 0.0
-    rtt_ms: float = 5.0
+    rounds: Pace = field(default_factory=lambda: Pace(5.0, 2.5))  # until a quorum has answered
+    forwards: Pace = field(default_factory=lambda: Pace(10.0, 5.0))  # until another has proposed
     _rid: int = 0
     _sent: list[Effect] = field(default_factory=list)
     _persist: Persist | None = None
@@ -125,12 +146,13 @@ class Context:
             self._persist, self._after = None, []
         return effects
 
-    def timeout_ms(self) -> float:
-        return min(max(4 * self.rtt_ms, self.timing.timeout_ms), self.timing.timeout_most_ms)
+    def timeout_ms(self, tries: int = 0) -> float:
+        return self.rounds.timeout_ms(self.timing, tries)
 
-    def took(self, rtt_ms: float) -> None:
-        self.rtt_ms += (rtt_ms - self.rtt_ms) / 8
+    def grace_ms(self) -> float:
+        """How long the last voters may be behind a quorum."""
+        return max(GRACE_MS, 2 * self.rounds.deviation_ms)
 
     def backoff_ms(self, tries: int) -> float:
-        most_ms = min(self.rtt_ms * 2 ** min(tries, 5), 2 * self.timing.timeout_most_ms)
+        most_ms = min(self.rounds.mean_ms * 2 ** min(tries, 5), 2 * self.timing.timeout_most_ms)
         return float(self.random.random() * most_ms)

@@ -108,7 +108,7 @@ class Commits:
         self._pending[name] = self._pending.get(name, 0) + 1
         self._waiting.append((held, fresh))
         if not self._running and not self._wake:
-            self._wake = True  # at the end of this turn of the loop: what came together goes together
+            self._wake = True  # after this turn of the loop: what came together goes together
             self._loop.call_soon(self._start)
 
     def _start(self) -> None:

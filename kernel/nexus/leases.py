@@ -52,6 +52,7 @@ class Holding:
     seen_ms: float = 0.0
     seen_ttl_ms: float = 0.0
     over: bool = False
+    failed: Result | None = None  # the last try, where no quorum answered
 
 
 class Leases:
@@ -107,7 +108,7 @@ class Leases:
             return
         if now_ms >= holding.deadline_ms:
             self._forget(holding)
-            holding.done(Result("no"))
+            holding.done(holding.failed or Result("no"))
             return
         still = holding.seen >= 0 and now_ms - holding.seen_ms >= holding.seen_ttl_ms
         broken = holding.seen if still else 0  # L2
@@ -125,6 +126,7 @@ class Leases:
             holding.done(result)
             self._keep(holding)
             return
+        holding.failed = result if result.status == "unavailable" else None
         if isinstance(result.data, Lease) and result.version != holding.seen:
             holding.seen, holding.seen_ms = result.version, self._context.now_ms
             holding.seen_ttl_ms = result.data.ttl_ms

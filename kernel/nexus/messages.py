@@ -1,9 +1,11 @@
 """The vocabulary of Nexus: between nodes, from clients, on disk.
 
 Interface: `Message` is what `Nexus.receive` takes, `Request` what `Nexus.request` takes; answers
-to clients are `Answer` and `Changed`. A message concerns one key: the bus puts what leaves at one
-time into one frame, and the disk syncs what arrives during a sync with the next one.
-Bounds: a key has at most 256 characters, data 64 KiB, a ring 13 KiB; so a message is under 100 kB.
+to clients are `Answer`, `Changed`, `Listing` and `NexusInfo`. A message concerns one key: the bus
+puts what leaves at one time into one frame, and the disk syncs what arrives during a sync with the
+next one.
+Bounds: a key has at most 256 characters, a value 165 KiB (values.py); so a message is under 170 kB,
+a part of a frame of the bus.
 """
 
 from __future__ import annotations
@@ -17,11 +19,14 @@ from manifold.kernel.nexus.ballots import COUNTER_MAX, ZERO, Ballot
 from manifold.kernel.nexus.configs import VOTERS_MAX, Config, Epoch, KidText
 from manifold.kernel.nexus.values import (
     Add,
+    Admit,
     CasValue,
     CasVersion,
     Change,
     Datum,
     Delete,
+    Dismiss,
+    Effect,
     Get,
     Holder,
     OpId,
@@ -32,6 +37,8 @@ from manifold.kernel.nexus.values import (
 )
 
 SHARDS = 16  # floors per voter; a collapse raises one, which makes new keys of a 16th start higher
+LIST_KEYS = 512  # at most what one page of every voter holds
+WHY_MAX = 512
 SCAN_KEYS = 512  # keys in one page of a scan: 512 * 256 B = 128 KiB
 TIMEOUT_MS_MAX = 600_000.0
 
@@ -43,6 +50,8 @@ After = Annotated[str, Meta(max_length=256)]
 Floors = Annotated[tuple[Ballot, ...], Meta(max_length=SHARDS)]
 TimeoutMs = Annotated[float, Meta(gt=0, le=TIMEOUT_MS_MAX)]
 Kids = Annotated[tuple[KidText, ...], Meta(max_length=VOTERS_MAX)]
+Why = Annotated[str, Meta(max_length=WHY_MAX)]
+Strength = Literal["quorum", "stale", "none"]
 Missing = Annotated[tuple[KidText, ...], Meta(max_length=2 * VOTERS_MAX)]
 
 CONFIG_KEY = "nexus/config"  # its data is an encoded Config: the driver's journal as well
@@ -140,8 +149,21 @@ class Drop(msgspec.Struct, frozen=True, array_like=True, tag="x.drop"):
 # -- configuration --------------------------------------------------------------------------------
 
 
+class Seek(msgspec.Struct, frozen=True, array_like=True, tag="x.seek"):
+    """Who votes?"""
+
+    rid: Rid
+
+
+class Tell(msgspec.Struct, frozen=True, array_like=True, tag="x.tell"):
+    """These do; said only by who knows."""
+
+    rid: Rid
+    config: Config
+
+
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag="x.hello"):
-    """Which voter are you, what do you know?"""
+    """Which voter are you, what have you sealed? The answer needs a disk that remembers it."""
 
     rid: Rid
 
@@ -170,6 +192,7 @@ class Scan(msgspec.Struct, frozen=True, array_like=True, tag="x.scan"):
     rid: Rid
     epoch: Epoch
     after: After
+    prefix: After = ""
 
 
 class Scanned(msgspec.Struct, frozen=True, array_like=True, tag="x.scanned"):
@@ -208,6 +231,7 @@ class Forwarded(msgspec.Struct, frozen=True, array_like=True, tag="x.forwarded")
     stamp: Version
     data: Datum = None
     fence: Ballot | None = None
+    why: Why = ""
 
 
 Message = (
@@ -223,6 +247,8 @@ Message = (
     | Stale
     | Collapse
     | Drop
+    | Seek
+    | Tell
     | Hello
     | Greeting
     | Seal
@@ -235,7 +261,7 @@ Message = (
 
 # -- clients --------------------------------------------------------------------------------------
 
-ClientChange = Get | Put | CasVersion | CasValue | Add | Delete
+ClientChange = Get | Put | CasVersion | CasValue | Add | Delete | Admit | Dismiss | Effect
 
 
 class Operate(msgspec.Struct, frozen=True, array_like=True, tag="x.operate"):
@@ -243,7 +269,8 @@ class Operate(msgspec.Struct, frozen=True, array_like=True, tag="x.operate"):
 
     `base`: a stamp that an answer told of this key before the operation was first sent; whoever
     means to send an operation to two nodes sends it to both. Without one, a retry is only looked
-    up. `stale`: a read may be answered by a minority, and says so.
+    up. `stale`: a read may be answered by a minority, and says so. What marks decide (`Admit`,
+    `Dismiss`, `Effect`) may be sent again as often as one likes, by anybody and under any `op`.
     """
 
     op: OpId
@@ -272,9 +299,15 @@ class Resign(msgspec.Struct, frozen=True, array_like=True, tag="x.resign"):
 
 
 class Watch(msgspec.Struct, frozen=True, array_like=True, tag="x.watch"):
-    """Answered by `Changed`, first with what is there, then whenever that is another version."""
+    """Answered by `Changed`, first with what is there, then whenever that is another version.
+
+    Where what is there cannot be read in time the answer is an `Answer`, `unavailable`, and the
+    watch is over. `stale`: then the first state is what a minority knows, and the watch goes on.
+    """
 
     key: Key
+    timeout_ms: TimeoutMs = 5000.0
+    stale: bool = False
 
 
 class Unwatch(msgspec.Struct, frozen=True, array_like=True, tag="x.unwatch"):
@@ -291,13 +324,31 @@ class Initialise(msgspec.Struct, frozen=True, array_like=True, tag="x.initialise
 
 
 class SetVoters(msgspec.Struct, frozen=True, array_like=True, tag="x.set-voters"):
-    """From now on these vote."""
+    """From now on these vote. `epoch`: `refused` if another configuration than that is final.
+
+    So what was computed from a status (`NexusInfo.epoch`) does not undo what others did since.
+    """
 
     voters: Kids
     timeout_ms: TimeoutMs = 30_000.0
+    epoch: Annotated[int, Meta(ge=-1, le=COUNTER_MAX)] = -1
 
 
-Request = Operate | Acquire | Resign | Watch | Unwatch | Initialise | SetVoters
+class List(msgspec.Struct, frozen=True, array_like=True, tag="x.list"):
+    """Keys that begin with `prefix`, those after `after` in their order: a `Listing`."""
+
+    prefix: After = ""
+    after: After = ""
+    limit: Annotated[int, Meta(ge=1, le=LIST_KEYS)] = LIST_KEYS
+    timeout_ms: TimeoutMs = 5000.0
+    stale: bool = False
+
+
+class GetNexus(msgspec.Struct, frozen=True, array_like=True, tag="x.get-nexus"):
+    """What this node knows, without asking anybody: a `NexusInfo`."""
+
+
+Request = Operate | Acquire | Resign | Watch | Unwatch | Initialise | SetVoters | List | GetNexus
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True, tag="x.answer"):
@@ -308,15 +359,53 @@ class Answer(msgspec.Struct, frozen=True, array_like=True, tag="x.answer"):
     data: Datum = None
     fence: Ballot | None = None
     stamp: Version = 0
-    strength: Literal["quorum", "stale", "none"] = "quorum"
+    strength: Strength = "quorum"
     missing: Missing = ()
-    why: Annotated[str, Meta(max_length=512)] = ""
+    why: Why = ""
 
 
 class Changed(msgspec.Struct, frozen=True, array_like=True, tag="x.changed"):
+    """`strength` is `stale` only in the first one, where that was asked for."""
+
     key: Key
     version: Version
     data: Datum
+    strength: Strength = "quorum"
+    missing: Missing = ()
+
+
+class Listing(msgspec.Struct, frozen=True, array_like=True, tag="x.listing"):
+    """Every key that is there, and perhaps some that were deleted since: who lists reads them.
+
+    `more`: ask again after the last one. `strength` `none`: unavailable, `why` and `missing` tell.
+    """
+
+    keys: Annotated[tuple[Key, ...], Meta(max_length=LIST_KEYS)]
+    more: bool = False
+    strength: Strength = "quorum"
+    missing: Missing = ()
+    why: Why = ""
+
+
+class NexusInfo(msgspec.Struct, frozen=True, array_like=True, tag="x.nexus-info"):
+    """`known`: a configuration is; then `epoch` for `SetVoters`, and `count` for people.
+
+    `old` is empty but while voters change. `votes`: this node does; `stopped`: its disk refused a
+    record, `why` in words, and it votes no more until a restart. `keys`: its records. `operations`:
+    under way here. `step`: of a change of voters that this node drives, else empty.
+    """
+
+    known: bool
+    epoch: Epoch = 0
+    count: Version = 0
+    old: Kids = ()
+    voters: Kids = ()
+    votes: bool = False
+    stopped: bool = False
+    why: Why = ""
+    keys: Version = 0
+    operations: Version = 0
+    step: Annotated[str, Meta(max_length=16)] = ""
 
 
 # -- disk -----------------------------------------------------------------------------------------

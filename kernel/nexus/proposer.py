@@ -4,13 +4,16 @@ Interface: `submit(operation)` queues one; `receive(source, message)` takes what
 `adopt(config)` when a configuration is known to be chosen. An operation's `done` is called once.
 
 A key has one round under way. Reads alone take one round of `Read`s; everything else one of
-`Prepare`s, which the cache may save, and one of `Accept`s.
+`Prepare`s, which the cache may save, and one of `Accept`s. After one timeout a round says what can
+be said twice again, after two it is given up; once a quorum has spoken in vain, after a moment: so
+a voter that is down delays nobody.
 Invariants:
   P1  a ballot is used for at most one value: each proposal takes a new one, and the `n` of a key
       that is forgotten is kept for all;
   P2  the cache proposes and never answers: what is answered without an Accept was reported by one
       quorum with one accepted ballot;
-  P3  from the first Accept that holds an operation its failure is not reported: `maybe`;
+  P3  from the first Accept that holds an operation its failure is not reported: `maybe`. What
+      marks decide is proposed again all the same, as long as there is time;
   P4  everything is bounded: registers, operations, batches, queues.
 Source: Rystsov, "CASPaxos" (2018); Howard, "Flexible Paxos" (2016) for quorums of two phases.
 Difference: a ballot is burnt by any Accept, not only by a conflict (see docs/nexus.md, errata).
@@ -52,7 +55,9 @@ from manifold.vm.kid import Kid
 REGISTERS_MAX = 16_384  # with their caches of some 100 B to 64 KiB
 OPERATIONS_MAX = 8192  # queued and under way at one node: 64 clients of 128 each
 QUEUE_MAX = 1024  # of one key: sixteen batches, some 100 ms
+BACKOFFS_MAX = 5  # a back-off takes at most 2^5 round trips, each of which raises a ballot by one
 RESENT_MAX = 2  # times that one round seals a voter that lags behind
+NO_VOTERS = "No voters are known here: `manifold nexus init` makes the first."
 
 Replies = Promise | Nack | Full | Accepted | ReadReply | Stale
 
@@ -147,7 +152,13 @@ class Proposer:
         return batch
 
     def _next_ballot(self, register: Register) -> Ballot:
-        register.n = max(register.n, register.highest.n) + 1  # P1
+        """Above what was heard of, and above where that is when we have backed off.
+
+        Else who proposes once a round trip, with the promises it keeps, is never caught up with,
+        and never learns that it should leave the key to one who batches for all.
+        """
+        ahead = 1 << min(register.tries, BACKOFFS_MAX) if register.tries else 0
+        register.n = max(register.n, register.highest.n + ahead) + 1  # P1
         return Ballot(register.n, self._context.me, self._context.boot, self._context.nonce)
 
     def _begin(
@@ -169,13 +180,34 @@ class Proposer:
         return begun
 
     def _watch_over(self, register: Register, begun: Round) -> None:
-        rid = begun.rid
+        rid, timeout_ms = begun.rid, self._context.timeout_ms(register.tries)
 
         def late(_now_ms: float) -> None:
+            if self._rounds.get(rid) is not register:
+                return
+            self._context.later(timeout_ms, too_late)
+            if begun.phase is not Phase.PREPARE:  # a ballot is promised once
+                for kid in begun.missing():
+                    self._send(register, begun, kid)
+
+        def too_late(_now_ms: float) -> None:
             if self._rounds.get(rid) is register:
                 self._failed(register, begun)
 
-        self._context.later(self._context.timeout_ms(), late)
+        self._context.later(timeout_ms, late)
+
+    def _in_vain(self, register: Register, begun: Round, *, wait: bool = True) -> None:
+        """A quorum has spoken, and it is not enough: who is left gets a moment, not a timeout."""
+        if begun.grace or not begun.in_vain:
+            return
+        begun.grace = True
+        rid = begun.rid
+
+        def over(_now_ms: float) -> None:
+            if self._rounds.get(rid) is register:
+                self._failed(register, begun, wait=wait)
+
+        self._context.later(self._context.grace_ms(), over)
 
     def _send(self, register: Register, begun: Round, only: Kid | None = None) -> None:
         rid, epoch, key = begun.rid, begun.config.epoch, register.key
@@ -205,6 +237,8 @@ class Proposer:
                 begun.heard[source] = message
                 if begun.enough(begun.heard):
                     self._promised(register, begun)
+                else:
+                    self._in_vain(register, begun)
             case ReadReply() if begun.phase is Phase.READ:
                 begun.heard[source] = message
                 if begun.config.quorum(begun.heard):
@@ -213,6 +247,8 @@ class Proposer:
                 begun.promised[source] = message.promised
                 if begun.enough(begun.promised):
                     self._chosen(register, begun)
+                else:
+                    self._in_vain(register, begun)
             case Nack():
                 self._refused(source, message, register, begun)
             case Full():
@@ -227,13 +263,14 @@ class Proposer:
         """P2, else through the queue like a write, which also writes back."""
         if not begun.agreed():
             if begun.missing():
-                return  # the voters that are left may agree yet; else the round times out
+                self._in_vain(register, begun, wait=False)  # those that are left may agree yet
+                return
             self._failed(register, begun, wait=False)
             return
-        self._context.took(self._context.now_ms - begun.sent_ms)
+        self._context.rounds.took(self._context.now_ms - begun.sent_ms)
         latest = begun.latest()
         value = latest.value if latest.value is not None else absent(begun.floor())
-        if latest.value is not None and value.data is None:
+        if latest.value is not None and value.dead:
             self.on_tombstone(register.key)
         self._end(register, begun)
         result = Result("ok", value.version, value.data, stamp=value.stamp)
@@ -244,7 +281,7 @@ class Proposer:
     def _promised(self, register: Register, begun: Round) -> None:
         latest = begun.latest()
         value = latest.value if latest.value is not None else absent(begun.floor())
-        self._context.took(self._context.now_ms - begun.sent_ms)
+        self._context.rounds.took(self._context.now_ms - begun.sent_ms)
         new, results = change(value, [each.wanted() for each in begun.batch], begun.ballot)
         rewrite = any(
             isinstance(each.change, Rewrite) and result.status == "ok"
@@ -278,18 +315,18 @@ class Proposer:
     def _chosen(self, register: Register, begun: Round) -> None:
         assert begun.value is not None
         everywhere = begun.everywhere
-        self._context.took(self._context.now_ms - begun.sent_ms)
+        self._context.rounds.took(self._context.now_ms - begun.sent_ms)
         self._end(register, begun)
         follower = following(begun.ballot)
         kept = {kid: None for kid, promised in begun.promised.items() if promised == follower}
         if begun.config.quorum(kept) and not everywhere:
             register.cache = Cache(follower, begun.value, begun.config.epoch)
             register.n = max(register.n, follower.n)
-        if everywhere and not begun.config.joint and begun.value.data is None:
+        if everywhere and not begun.config.joint and begun.value.dead:
             collapse = Collapse(begun.config.epoch, register.key, begun.ballot)
             for kid in begun.kids:
                 self._context.send(kid, collapse)
-        elif begun.value.data is None:
+        elif begun.value.dead:
             self.on_tombstone(register.key)
         register.tries = 0
         self._tell(begun.batch, begun.results)
@@ -303,6 +340,8 @@ class Proposer:
             register.contended_until_ms = self._context.now_ms + contended_ms
         if begun.hopeless():
             self._failed(register, begun)
+        else:
+            self._in_vain(register, begun)
 
     # -- configurations ---------------------------------------------------------------------------
 
@@ -356,7 +395,7 @@ class Proposer:
         missing = register.missing = begun.missing()
         left: list[Operation] = []
         for operation in begun.batch:
-            if operation.stale and begun.heard and operation.reads:
+            if operation.stale and begun.heard and operation.reads and not begun.in_vain:
                 self._tell_stale(operation, begun)
             elif begun.full and not operation.sent:
                 self.operations -= 1
@@ -396,7 +435,8 @@ class Proposer:
     def _give_up(self, operation: Operation, missing: tuple[Kid, ...]) -> None:
         self.operations -= 1
         status: Status = "maybe" if operation.sent and not operation.reads else "unavailable"
-        self.finish(operation, Result(status, strength="none", missing=missing))
+        why = NO_VOTERS if self.config is None else ""
+        self.finish(operation, Result(status, strength="none", missing=missing, why=why))
 
     def _expire(self, register: Register) -> None:
         now_ms = self._context.now_ms

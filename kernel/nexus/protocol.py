@@ -5,11 +5,14 @@ Interface: `start` once, then `receive`, `request` and `tick`; each returns effe
 any before. `node_up` and `node_down` tell whom operations may be forwarded to: a hint, as are the
 configurations that are learnt. `storage_failed` once the disk refused anything: it votes no more.
 An answer is `Reply(client, …)` with the handle that `request` was given; a watch replies again and
-again. Rules for the driver: writes become durable in the order in which they were asked for; an
-empty record is a removal; a message to oneself that stands after a `Persist` waits for it as well.
+again. With nothing to do a node sets no timer, but that voters look after changes of voters, and
+who knows no voters asks for them less and less often; and it makes nothing durable.
+Rules for the driver: writes become durable in the order in which they were asked for; an empty
+record is a removal; a message to oneself that stands after a `Persist` waits for it as well.
 
 Invariants: those of acceptor.py (A), proposer.py (P), forwarding.py (F), voters.py (R),
-collector.py (G), leases.py (L), watches.py (W), values.py (V), configs.py (E), context.py (X).
+collector.py (G), leases.py (L), watches.py (W), listing.py (K), values.py (V), marks.py (M),
+configs.py (E), context.py (X).
 Source: Rystsov, "CASPaxos: Replicated State Machines without logs" (2018); docs/nexus.md.
 """
 
@@ -17,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from random import Random
-from typing import Literal
 
 import msgspec
 
@@ -29,9 +31,11 @@ from manifold.kernel.nexus.configs import Config
 from manifold.kernel.nexus.context import NONCE_BITS, Context, Timing
 from manifold.kernel.nexus.forwarding import Forwarding
 from manifold.kernel.nexus.leases import Leases
+from manifold.kernel.nexus.listing import Lister
 from manifold.kernel.nexus.messages import (
     CONFIG_KEY,
     KNOWN_NAME,
+    WHY_MAX,
     Accept,
     Accepted,
     Acquire,
@@ -42,12 +46,15 @@ from manifold.kernel.nexus.messages import (
     Forward,
     Forwarded,
     Full,
+    GetNexus,
     Greeting,
     Hello,
     Hint,
     Initialise,
+    List,
     Message,
     Nack,
+    NexusInfo,
     Operate,
     Prepare,
     Promise,
@@ -59,20 +66,25 @@ from manifold.kernel.nexus.messages import (
     Scanned,
     Seal,
     Sealed,
+    Seek,
     SetVoters,
     Stale,
+    Strength,
+    Tell,
     Unwatch,
     Watch,
 )
-from manifold.kernel.nexus.proposer import Proposer
+from manifold.kernel.nexus.proposer import NO_VOTERS, Proposer
 from manifold.kernel.nexus.rounds import Operation
-from manifold.kernel.nexus.values import Datum, Get, Result
-from manifold.kernel.nexus.voters import Drivers
+from manifold.kernel.nexus.values import Get, Result
+from manifold.kernel.nexus.voters import Drivers, Finish
 from manifold.kernel.nexus.watches import Watches
 from manifold.vm.kid import Kid
 
 SWEEP_MS = 100.0  # one record of a voter is looked after each time
-ASK_MS = 200.0  # who knows no configuration asks a node so often
+ASK_MS = 200.0  # who knows no configuration asks a node after so long, then half as often
+ASK_MOST_MS = 5000.0
+KNOWN_MS = 2000.0  # a node without a vote writes down who votes once it starts to be old news
 _config = msgspec.msgpack.Decoder(Config)
 
 
@@ -101,9 +113,13 @@ class Nexus:
         self.collector = Collector(self.context, self.proposer)
         self.leases = Leases(self.context, self.proposer)
         self.watches = Watches(self.context, self.proposer, self._changed)
+        self.lister = Lister(self.context, self.proposer)
         self.proposer.on_adopt = self._adopted
         self.proposer.on_tombstone = self.collector.note
         self._save = False
+        self._saving = self._sweeping = self._resuming = self._asking = False  # timers that are set
+        self._ask_ms = ASK_MS
+        self._why = ""  # the disk failed
         self._running = False
 
     # -- events -----------------------------------------------------------------------------------
@@ -113,9 +129,7 @@ class Nexus:
         self._running = True
         self.context.now_ms = now_ms
         self.acceptor.start()
-        self.context.later(SWEEP_MS, self._sweep)
-        self.context.later(self._resume_ms(), self._resume)
-        self.context.later(ASK_MS, self._ask)
+        self._seek()
         return self._close()
 
     def receive(self, source: Kid, message: Message, now_ms: float) -> list[Effect]:
@@ -128,10 +142,18 @@ class Nexus:
                 self.proposer.adopt(message.config)
             case Promise() | Nack() | Full() | Accepted() | ReadReply() | Stale():
                 self.proposer.receive(source, message)
-            case Greeting() | Sealed() | Scanned():
+            case Greeting() | Sealed():
                 if isinstance(message, Greeting) and message.config is not None:
                     self.proposer.adopt(message.config)
                 self.drivers.receive(source, message)
+            case Scanned():
+                if not self.lister.receive(source, message):
+                    self.drivers.receive(source, message)
+            case Seek(rid=rid):
+                if self.config is not None:
+                    self.context.send(source, Tell(rid, self.config))
+            case Tell(config=config):
+                self.proposer.adopt(config)
             case Forward() | Forwarded():
                 self.forwarding.receive(source, message)
             case Hint(key=key, version=version):
@@ -153,22 +175,27 @@ class Nexus:
                 self.leases.acquire(key, holder, ttl_ms, timeout_ms, self._answer(client))
             case Resign(key=key, holder=holder):
                 self.leases.resign(key, holder, self._answer(client))
-            case Watch(key=key):
-                if not self.watches.watch(client, key):
+            case Watch(key=key, timeout_ms=timeout_ms, stale=stale):
+                if not self.watches.watch(client, key, timeout_ms, stale):
                     self.context.reply(client, Answer("busy", strength="none"))
             case Unwatch(key=key):
                 self.watches.unwatch(client, key)
             case Initialise(voters=voters, timeout_ms=timeout_ms):
                 kids = [Kid(kid) for kid in voters]
-                self.drivers.initialise(kids, timeout_ms, self._finish(client))
-            case SetVoters(voters=voters, timeout_ms=timeout_ms):
-                self._set_voters(client, [Kid(kid) for kid in voters], timeout_ms)
+                self.drivers.initialise(kids, timeout_ms, self._finish(client, first=True))
+            case SetVoters():
+                self._set_voters(client, message)
+            case List():
+                self.lister.ask(message, lambda listing: self.context.reply(client, listing))
+            case GetNexus():
+                self.context.reply(client, self.info())
         return self._close()
 
-    def storage_failed(self, now_ms: float) -> list[Effect]:
+    def storage_failed(self, now_ms: float, why: str = "") -> list[Effect]:
         """The disk refused a record: what it holds is unknown until a restart reads it."""
         self.context.now_ms = now_ms
         self.acceptor.stopped = True
+        self._why = self._why or why[:WHY_MAX]
         return self._close()
 
     def client_gone(self, client: int, now_ms: float) -> list[Effect]:
@@ -180,6 +207,8 @@ class Nexus:
     def node_up(self, kid: Kid, now_ms: float) -> list[Effect]:
         self.context.now_ms = now_ms
         self.forwarding.node_up(kid)
+        self._ask_ms = ASK_MS
+        self._seek()
         return self._close()
 
     def node_down(self, kid: Kid, now_ms: float) -> list[Effect]:
@@ -199,6 +228,23 @@ class Nexus:
         self.context.now_ms = max(self.context.now_ms, now_ms)
         return self.leases.fence(key, holder)
 
+    def info(self) -> NexusInfo:
+        """What this node knows."""
+        config, drive = self.config, self.drivers.drive
+        return NexusInfo(
+            known=config is not None,
+            epoch=config.epoch if config is not None else 0,
+            count=config.count if config is not None else 0,
+            old=tuple(voter.kid for voter in config.old) if config is not None else (),
+            voters=tuple(voter.kid for voter in config.new) if config is not None else (),
+            votes=self.acceptor.votes and not self.acceptor.stopped,
+            stopped=self.acceptor.stopped,
+            why=self._why,
+            keys=len(self.acceptor.rows),
+            operations=self.proposer.operations + self.forwarding.under_way,
+            step=drive.step if drive is not None and drive.target is not None else "",
+        )
+
     # -- inside -----------------------------------------------------------------------------------
 
     def _operate(self, client: int, message: Operate) -> None:
@@ -207,6 +253,7 @@ class Nexus:
             why = "Voters change by SetVoters only."
             self.context.reply(client, Answer("refused", strength="none", why=why))
             return
+        self._seek()
 
         def done(result: Result) -> None:
             self.forwarding.learn(message.key, result)
@@ -228,7 +275,7 @@ class Nexus:
 
     def _answer(self, client: int) -> Callable[[Result], None]:
         def answer(result: Result) -> None:
-            strength: Literal["quorum", "stale", "none"] = "quorum"
+            strength: Strength = "quorum"
             if result.strength == "stale":
                 strength = "stale"
             elif result.strength == "none" or result.status == "maybe":
@@ -243,57 +290,107 @@ class Nexus:
                     result.stamp,
                     strength,
                     tuple(str(kid) for kid in result.missing),
+                    result.why,
                 ),
             )
 
         return answer
 
-    def _finish(self, client: int) -> Callable[[str, str], None]:
-        def finish(status: str, why: str) -> None:
-            answer = {"ok": Answer("ok"), "maybe": Answer("maybe", strength="none", why=why)}
-            refused = Answer("refused", strength="none", why=why)
-            self.context.reply(client, answer.get(status, refused))
+    def _finish(self, client: int, *, first: bool = False) -> Finish:
+        def finish(status: str, why: str, missing: tuple[Kid, ...]) -> None:
+            silent = tuple(str(kid) for kid in missing)
+            if status == "ok":
+                self.context.reply(client, Answer("ok"))
+            elif status == "maybe":
+                answer = Answer("maybe", strength="none", why=why, missing=silent)
+                self.context.reply(client, answer)
+            else:
+                self.context.reply(client, Answer("refused", strength="none", why=why))
+            if status == "ok" and first and self.config is not None:
+                for kid in self.forwarding.live():  # once: else they would find it out by and by
+                    if kid != self.context.me:
+                        self.context.send(kid, Tell(self.context.rid(), self.config))
 
         return finish
 
-    def _set_voters(self, client: int, kids: list[Kid], timeout_ms: float) -> None:
+    def _set_voters(self, client: int, message: SetVoters) -> None:
         if self.config is None:
-            why = "No voters are known here: initialise them first."
-            self.context.reply(client, Answer("refused", strength="none", why=why))
+            self.context.reply(client, Answer("refused", strength="none", why=NO_VOTERS))
             return
-        self.drivers.change(kids, timeout_ms, self._finish(client))
+        kids = [Kid(kid) for kid in message.voters]
+        self.drivers.change(kids, message.timeout_ms, self._finish(client), message.epoch)
 
-    def _changed(self, client: int, key: str, version: int, data: Datum) -> None:
-        self.context.reply(client, Changed(key, version, data))
+    def _changed(self, client: int, key: str, state: Result) -> None:
+        if state.status != "ok":
+            self._answer(client)(state)
+            return
+        version = state.version if state.data is not None else 0
+        strength: Strength = "stale" if state.strength == "stale" else "quorum"
+        missing = tuple(str(kid) for kid in state.missing)
+        self.context.reply(client, Changed(key, version, state.data, strength, missing))
 
     def _adopted(self) -> None:
         """Save it; a voter here hears of it as well, for it may vote no more."""
-        self._save = True
         config, sealed = self.proposer.config, self.acceptor.config
         if config is not None and sealed is not None and sealed.epoch < config.epoch:
             self.context.send(self.context.me, Seal(self.context.rid(), config))
+        self.watches.adopted()
+        if self.acceptor.votes:
+            self._save = True
+        elif not self._saving:
+            self._saving = True
+            self.context.later(KNOWN_MS, self._old_news)
+
+    # -- timers -----------------------------------------------------------------------------------
+
+    def _old_news(self, _now_ms: float) -> None:
+        self._saving, self._save = False, True
 
     def _sweep(self, _now_ms: float) -> None:
-        key = self.acceptor.sweep(4 * self.context.timing.gc_ms)
+        self._sweeping = False
+        age_ms = 4 * self.context.timing.gc_ms
+        key = self.acceptor.sweep(age_ms)
         if key is not None:
             self.collector.note(key)
-        self.context.later(SWEEP_MS, self._sweep)
-
-    def _resume_ms(self) -> float:
-        return self.context.timing.resume_ms * (1 + self.context.random.random())
 
     def _resume(self, _now_ms: float) -> None:
         """Voters look after changes that were left half done, and so does who knows of one."""
-        if self.acceptor.votes or (self.config is not None and self.config.joint):
+        self._resuming = False
+        if self._looks_after:
             self.drivers.look()
-        self.context.later(self._resume_ms(), self._resume)
+
+    @property
+    def _looks_after(self) -> bool:
+        return self.acceptor.votes or (self.config is not None and self.config.joint)
+
+    def _seek(self) -> None:
+        if self.config is None and not self._asking and len(self.forwarding.live()) > 1:
+            self._asking = True
+            self.context.later(self._ask_ms, self._ask)
 
     def _ask(self, _now_ms: float) -> None:
-        if self.config is None:
-            others = [kid for kid in self.forwarding.live() if kid != self.context.me]
-            if others:
-                self.context.send(self.context.random.choice(others), Hello(self.context.rid()))
-            self.context.later(ASK_MS, self._ask)
+        self._asking = False
+        if self.config is not None:
+            return
+        others = [kid for kid in self.forwarding.live() if kid != self.context.me]
+        if others:
+            self.context.send(self.context.random.choice(others), Seek(self.context.rid()))
+        self._ask_ms = min(2 * self._ask_ms, ASK_MOST_MS)
+        self._seek()
+
+    def _set_timers(self) -> None:
+        """What is done now and then, and only while there is something to do."""
+        if not self._sweeping and self.acceptor.untidy:
+            self._sweeping = True
+            rest_ms = self.acceptor.rest_ms(4 * self.context.timing.gc_ms)
+            self.context.later(max(SWEEP_MS, rest_ms), self._sweep)
+        if not self._resuming and self._looks_after:
+            self._resuming = True
+            wait_ms = self.context.timing.resume_ms * (1 + self.context.random.random())
+            self.context.later(wait_ms, self._resume)
+        if self._save and not self._saving:  # something else was written: in an event of its own
+            self._saving = True
+            self.context.later(0.0, self._old_news)
 
     def _close(self) -> list[Effect]:
         """All effects; a configuration that is news is written where nothing else is (a hint)."""
@@ -301,4 +398,5 @@ class Nexus:
         if self._save and not self.context.persists and self.config is not None:
             self._save = False
             self.context.persist(KNOWN_NAME, msgspec.msgpack.encode(self.config))
+        self._set_timers()
         return self.context.take()

@@ -14,7 +14,7 @@ from enum import Enum
 from manifold.kernel.nexus.ballots import ZERO, Ballot
 from manifold.kernel.nexus.configs import Config
 from manifold.kernel.nexus.messages import Promise, ReadReply
-from manifold.kernel.nexus.values import Change, Get, Result, Value, Wanted
+from manifold.kernel.nexus.values import Change, Get, Marked, Result, Value, Wanted
 from manifold.vm.kid import Kid
 
 Done = Callable[[Result], None]
@@ -37,6 +37,7 @@ class Operation:
     local: bool = True
     everywhere: bool = False  # a tombstone that every voter has to accept, then it collapses
     over: bool = False
+    tried: int = 0  # nodes that were asked to propose it and did not answer
 
     def wanted(self) -> Wanted:
         return Wanted(self.op, self.change, self.base, self.rebase)
@@ -44,6 +45,11 @@ class Operation:
     @property
     def reads(self) -> bool:
         return isinstance(self.change, Get)
+
+    @property
+    def blind(self) -> bool:
+        """Whether it may be proposed as often as one likes: marks decide."""
+        return isinstance(self.change, Marked)
 
 
 class Phase(Enum):
@@ -68,6 +74,7 @@ class Round:
     heard: dict[Kid, Heard] = field(default_factory=dict)
     promised: dict[Kid, Ballot] = field(default_factory=dict)  # by those who accepted
     refused: dict[Kid, Ballot] = field(default_factory=dict)
+    grace: bool = False  # a quorum has spoken in vain; the others have a moment left
     full: bool = False  # some refused because they take no further keys
     resent: dict[Kid, int] = field(default_factory=dict)
     kids: tuple[Kid, ...] = ()
@@ -91,13 +98,24 @@ class Round:
     def answered(self) -> dict[Kid, None]:
         return dict.fromkeys([*self.heard, *self.promised])
 
+    @property
+    def spoke(self) -> dict[Kid, None]:
+        return {**self.answered, **dict.fromkeys(self.refused)}
+
     def missing(self) -> tuple[Kid, ...]:
         """Voters that said nothing."""
-        spoke = {**self.answered, **dict.fromkeys(self.refused)}
+        spoke = self.spoke
         return tuple(kid for kid in self.kids if kid not in spoke)
+
+    @property
+    def in_vain(self) -> bool:
+        """A quorum has spoken: what is missing are refusals taken back, which may never come."""
+        return not self.everywhere and self.config.quorum(self.spoke)
 
     def hopeless(self) -> bool:
         """Whether too many have refused."""
+        if self.everywhere and self.refused:
+            return True
         left = {kid: None for kid in self.kids if kid not in self.refused}
         return not self.config.quorum(left)
 

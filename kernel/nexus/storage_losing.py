@@ -216,24 +216,25 @@ class LosingDisk:
 
     def _write_early(self, inode: _Inode) -> None:
         """Some of what waits for a sync is on the disk before it; it still waits for it."""
+        handle, last = inode.handle, (0, 0)
         for each in inode.pending:
             if each.data is not None:
-                self._write_some(inode.handle, each.offset, each.data)
+                last = max(last, self._write_some(handle, each.offset, each.data))
             elif self._random.random() < PART:
-                _carry_out(inode.handle, each.offset, None)
+                _carry_out(handle, each.offset, None)
+        begin, end = last
+        if begin < end == os.fstat(handle).st_size:  # Q4: this piece has made the file longer
+            _carry_out(handle, self._random.randint(begin + 1, end), None)
 
-    def _write_some(self, handle: int, offset: int, data: bytes) -> None:
-        """Q4: whole sectors, but for the last one where it ends the file."""
+    def _write_some(self, handle: int, offset: int, data: bytes) -> tuple[int, int]:
+        """Some sectors of a write, whole; the last of them that was beyond the end of the file."""
         size = os.fstat(handle).st_size
-        chosen = [
-            (begin, end)
-            for begin, end in _sectors(offset, len(data))
-            if begin < size < end or self._random.random() < PART  # one that was cut is completed
-        ]
-        for begin, end in chosen:
-            if (begin, end) == chosen[-1] and size <= begin:
-                end = self._random.randint(begin + 1, end)
-            _carry_out(handle, begin, data[begin - offset : end - offset])
+        last = (0, 0)
+        for begin, end in _sectors(offset, len(data)):
+            if begin < size < end or self._random.random() < PART:  # what was cut is completed
+                _carry_out(handle, begin, data[begin - offset : end - offset])
+                last = (begin, end) if begin >= size else last
+        return last
 
     def _rename(self, naming: _Naming) -> None:
         self._pending.append(naming)

@@ -2,6 +2,8 @@
 
 Interface: `change(value, wanted, ballot)` applies a batch in order and says what became of each
 operation; it is the only place where data is interpreted. Changes are data, not code.
+Effects of programs (`Admit`, `Dismiss`, `Effect`) are not in the ring: marks.py says which of them
+were applied, so that anybody may ask for one again, at any time.
 
 Invariants:
   V1  each operation that changes something raises `version` by one; each entry of the ring raised
@@ -10,7 +12,11 @@ Invariants:
   V3  versions and stamps of a key only grow, through deletion as well: an absent register counts
       from `BATCH_MAX * floor.n`, and a value of ballot `n` has at most version `BATCH_MAX * n`;
   V4  an operation of which there may be other copies has its failure in the ring as well: else a
-      late copy could succeed after `no` was told.
+      late copy could succeed after `no` was told;
+  V5  an effect is applied at most once by its (job, position, k), whatever its `op`; one that
+      fails leaves no mark, so a copy of it may succeed later, and is then what k was.
+Bounds of an encoding: data 64 KiB, a ring of 256 entries of 80 B 20 KiB (13 KiB with usual names),
+marks 81 KiB: 165 KiB.
 Source: Rystsov, "CASPaxos" (2018); design page of Nexus (ring, unknown fate, fencing).
 """
 
@@ -24,19 +30,28 @@ import msgspec
 from msgspec import Meta
 
 from manifold.kernel.nexus.ballots import COUNTER_MAX, Ballot
+from manifold.kernel.nexus.marks import (
+    INT_MAX,
+    INT_MIN,
+    SETTLED_MAX,
+    Book,
+    Integer,
+    JobId,
+    Marks,
+    Position,
+    Range,
+)
 
 DATA_BYTES_MAX = 64 << 10  # pack related state in one register, up to this
 BATCH_MAX = 64  # operations of one key in one proposal: one of each client of the benchmark's 64
 RING_MIN = 16
 RING_FACTOR = 4  # a forwarded operation is at most a few batches late
 RING_MAX = 256  # RING_FACTOR * BATCH_MAX; at about 50 B an entry: 13 KiB
-INT_MIN, INT_MAX = -(1 << 63), (1 << 63) - 1
 TTL_MS_MAX = 3_600_000.0
 
 OpId = Annotated[str, Meta(min_length=1, max_length=64)]
 Holder = Annotated[str, Meta(min_length=1, max_length=64)]
 Counter = Annotated[int, Meta(ge=0, le=COUNTER_MAX)]
-Integer = Annotated[int, Meta(ge=INT_MIN, le=INT_MAX)]
 Bytes = Annotated[bytes, Meta(max_length=DATA_BYTES_MAX)]
 Ttl = Annotated[float, Meta(gt=0, le=TTL_MS_MAX)]
 
@@ -62,12 +77,18 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Value(msgspec.Struct, frozen=True, array_like=True):
-    """A register. `data` None is a tombstone."""
+    """A register. `data` None: absent."""
 
     version: Counter
     stamp: Counter
     data: Datum
     ring: Annotated[tuple[Entry, ...], Meta(max_length=RING_MAX)] = ()
+    marks: Marks | None = None
+
+    @property
+    def dead(self) -> bool:
+        """A tombstone: nothing is here, and no job may write it."""
+        return self.data is None and (self.marks is None or not self.marks.jobs)
 
 
 # -- changes ------------------------------------------------------------------------------------
@@ -123,14 +144,63 @@ class Release(msgspec.Struct, frozen=True, array_like=True, tag="x.release"):
     fence: Ballot
 
 
+class Admit(msgspec.Struct, frozen=True, array_like=True, tag="x.admit"):
+    """From now on effects of this job are applied here; `refused` once it was dismissed.
+
+    May be repeated by anybody. An absent register stays absent, and is kept. The 65th job pushes
+    out the oldest, as if that were dismissed.
+    """
+
+    job: JobId
+
+
+class Dismiss(msgspec.Struct, frozen=True, array_like=True, tag="x.dismiss"):
+    """The job is over: its late effects, and late `Admit`s, are `refused`. May be repeated."""
+
+    job: JobId
+
+
+class Propose(msgspec.Struct, frozen=True, array_like=True, tag="x.propose"):
+    """Compare and swap by value; an absent register counts as zero of the type of `expected`."""
+
+    expected: Integer | float
+    data: Integer | float
+
+
+class Effect(msgspec.Struct, frozen=True, array_like=True, tag="x.effect"):
+    """The k-th write of this register at `position` of a job. May be repeated by anybody.
+
+    `ok`: applied, now or before. `Add` tells what was there before it, `Propose` what it found,
+    with `no` as well; `Put` nothing. `refused`, and nothing done: see the `why`s below. `busy`: too
+    many effects here wait for their blocks to be counted. `settled`: ranges of positions of this
+    job, the first and the one after the last, whose blocks its owner has counted durably.
+    """
+
+    job: JobId
+    position: Position
+    k: Position
+    wish: Put | Propose | Add
+    settled: Annotated[tuple[Range, ...], Meta(max_length=SETTLED_MAX)] = ()
+
+
 class Rewrite(msgspec.Struct, frozen=True, array_like=True, tag="x.rewrite"):
     """Propose what is there again; `dead`: only a tombstone. Used by nodes, not by clients."""
 
     dead: bool = False
 
 
-Change = Get | Put | CasVersion | CasValue | Add | Delete | Grant | Renew | Release | Rewrite
+Marked = Admit | Dismiss | Effect  # marks decide, not the ring
+Ringed = Get | Put | CasVersion | CasValue | Add | Delete | Grant | Renew | Release | Rewrite
+Change = Ringed | Marked
 Status = Literal["ok", "no", "maybe", "rebase", "unavailable", "busy", "refused"]
+
+
+# The `why` of a refused change: compare with these.
+FENCED = "This job is not admitted here: it is over, or the global was deleted meanwhile."
+COUNTED = "The block of this position is counted already: this run of it came too late."
+MISMATCH = "The register holds a value of another type."
+OVERFLOW = "The sum is outside of 64 bits."
+FULL = "Too many effects of blocks that are not counted yet: wait until some are."
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +214,7 @@ class Result:
     stamp: int = 0
     strength: str = "quorum"
     missing: tuple[str, ...] = ()
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,15 +240,25 @@ def change(value: Value, wanted: Sequence[Wanted], ballot: Ballot) -> tuple[Valu
     """The next value (the same object where nothing changes) and a result for each operation."""
     oldest = value.stamp - len(value.ring)
     known = {entry.op: entry for entry in value.ring}
-    version, data = value.version, value.data
+    version, data, book = value.version, value.data, Book(value.marks)
     results: list[Result] = []
     added: list[Entry] = []
     for each in wanted:
+        if isinstance(each.change, Marked):
+            result, data_after = _mark(each.change, version, data, book)
+            if data_after is not None:
+                version, data = version + 1, data_after  # V1
+                result = replace(result, version=version)
+            results.append(result)
+            continue
         if each.op in known:
             results.append(_again(known[each.op], version, data))
             continue
         if each.base is not None and each.base < oldest and not isinstance(each.change, _PLAIN):
             results.append(Result("rebase" if each.rebase else "maybe"))  # V2
+            continue
+        if isinstance(each.change, Rewrite) and each.change.dead and book.jobs:
+            results.append(Result("no", version, data))
             continue
         done, data_after = _apply(each.change, version, data, ballot)
         if isinstance(done, Result):
@@ -187,17 +268,20 @@ def change(value: Value, wanted: Sequence[Wanted], ballot: Ballot) -> tuple[Valu
             entry = Entry(each.op, None, True)  # V4
         else:
             version, data = version + 1, data_after  # V1
+            if isinstance(each.change, Delete):
+                book.clear()
             entry = Entry(each.op, done.value)
             results.append(_again(entry, version, data))
         added.append(entry)
         known[each.op] = entry
     stamp = value.stamp + len(added)
     results = [replace(result, stamp=stamp) for result in results]
-    if not added:
+    marks = book.marks()
+    if not added and version == value.version and marks is value.marks:
         return value, results
     keep = max(RING_MIN, RING_FACTOR * len(added), len(value.ring) - len(added))
     ring = (*value.ring, *added)[-keep:]
-    return Value(version, stamp, data, ring), results
+    return Value(version, stamp, data, ring, marks), results
 
 
 _PLAIN = (Get, Rewrite)  # as often as one likes
@@ -220,7 +304,7 @@ def _again(entry: Entry, version: int, data: Datum) -> Result:
 
 
 def _apply(
-    wanted: Change, version: int, data: Datum, ballot: Ballot
+    wanted: Ringed, version: int, data: Datum, ballot: Ballot
 ) -> tuple[_Done | Result, Datum]:
     """`_Done` and the data after it, or the result of what changes nothing."""
     refused = Result("no", version, data)
@@ -247,6 +331,52 @@ def _apply(
             return (_Done(fence), data) if _holds(data, holder, fence) else (refused, None)
         case Release(holder=holder, fence=fence):
             return (_Done(), None) if _holds(data, holder, fence) else (refused, None)
+
+
+def _mark(wanted: Marked, version: int, data: Datum, book: Book) -> tuple[Result, Datum]:
+    """The result of an operation that marks decide, and the new data where it has changed some."""
+    if isinstance(wanted, Admit):
+        admitted = book.admit(wanted.job)
+        return Result("ok", version) if admitted else Result("refused", version, why=FENCED), None
+    if isinstance(wanted, Dismiss):
+        book.dismiss(wanted.job)
+        return Result("ok", version), None
+    job, position, k = wanted.job, wanted.position, wanted.k
+    if not book.admits(job):
+        return Result("refused", version, why=FENCED), None
+    book.settle(job, wanted.settled)
+    if book.counted(job, position):
+        return Result("refused", version, why=COUNTED), None
+    if book.seen(job, position, k):
+        return Result("ok", version, book.found(job, position, k)), None
+    result, data_after = _wish(wanted.wish, version, data)
+    if data_after is not None:
+        if book.full:
+            return Result("busy", version, why=FULL), None
+        book.mark(job, position, k, result.data if isinstance(result.data, int | float) else None)
+    return result, data_after
+
+
+def _wish(wish: Put | Propose | Add, version: int, data: Datum) -> tuple[Result, Datum]:
+    """What an effect does that was not applied before."""
+    if isinstance(wish, Put):
+        if data is not None and type(data) is not type(wish.data):
+            return Result("refused", version, data, why=MISMATCH), None
+        return Result("ok", version), wish.data
+    operand = wish.amount if isinstance(wish, Add) else wish.expected
+    found = type(operand)(0) if data is None else data
+    new = wish.data if isinstance(wish, Propose) else None
+    if type(found) is not type(operand) or type(new) not in (type(operand), type(None)):
+        return Result("refused", version, data, why=MISMATCH), None
+    if isinstance(wish, Propose):
+        if not same(wish.expected, found):
+            return Result("no", version, found), None
+        return Result("ok", version, found), new
+    assert isinstance(found, int | float), "it has the type of the amount"
+    total = found + wish.amount
+    if isinstance(total, int) and not INT_MIN <= total <= INT_MAX:
+        return Result("refused", version, found, why=OVERFLOW), None
+    return Result("ok", version, found), total
 
 
 def _add(amount: int | float, data: Datum, refused: Result) -> tuple[_Done | Result, Datum]:

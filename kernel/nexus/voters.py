@@ -1,7 +1,8 @@
 """Changing who votes: from one set of voters to another by sealed joint quorums.
 
 Interface: `initialise(kids, …)` once for a new cluster; `change(kids, …)`; `look()` finds a change
-that somebody else left half done and finishes it. Any node drives, several may at a time.
+that somebody else left half done and finishes it. Any node drives, several may at a time. A change
+that names the epoch it was computed from is refused where another configuration has become final.
 
 The journal is the config register: e (final) -> e+1 (joint) -> e+2 (final), each step by a
 compare-and-swap of its version, so of two drivers one wins each step and the other goes on from
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from manifold.kernel.nexus.ballots import ZERO, Ballot
-from manifold.kernel.nexus.configs import Config, Voter, first_config, majority
+from manifold.kernel.nexus.configs import Config, Voter, final_epoch, first_config, majority
 from manifold.kernel.nexus.context import Context
 from manifold.kernel.nexus.messages import (
     CONFIG_KEY,
@@ -42,8 +43,10 @@ from manifold.vm.kid import Kid
 
 STEP_MS = 2000.0  # an operation of the driver's own
 WINDOW = 32  # keys written again at a time
+LATE = "Not in time; who votes will find it half done and go on."
+OVERTAKEN = "The voters have changed since: look at them again, then say what you want."
 
-Finish = Callable[[str, str], None]  # status and why
+Finish = Callable[[str, str, tuple[Kid, ...]], None]  # status, why, who did not answer
 _config = msgspec.msgpack.Decoder(Config)
 
 
@@ -55,6 +58,7 @@ class Drive:
     deadline_ms: float
     finish: Finish
     first: bool = False
+    epoch: int = -1  # of the final configuration that the change was computed from, if it matters
     step: str = "read"
     rid: int = 0
     config: Config | None = None  # the one being sealed
@@ -81,13 +85,17 @@ class Drivers:
     def initialise(self, kids: Sequence[Kid], timeout_ms: float, finish: Finish) -> None:
         self._begin(Drive(tuple(kids), self._until(timeout_ms), finish, first=True, step="hello"))
 
-    def change(self, kids: Sequence[Kid], timeout_ms: float, finish: Finish) -> None:
-        self._begin(Drive(tuple(kids), self._until(timeout_ms), finish))
+    def change(
+        self, kids: Sequence[Kid], timeout_ms: float, finish: Finish, epoch: int = -1
+    ) -> None:
+        """`epoch` of a joint configuration stands for the final one that it leads to."""
+        base = final_epoch(epoch) if epoch >= 0 else -1
+        self._begin(Drive(tuple(kids), self._until(timeout_ms), finish, epoch=base))
 
     def look(self) -> None:
         """Read the register; a joint configuration means that somebody did not come to an end."""
         if self.drive is None and self._proposer.config is not None:
-            quiet: Finish = lambda status, why: None  # noqa: E731
+            quiet: Finish = lambda status, why, missing: None  # noqa: E731
             self._begin(Drive(None, self._until(5 * STEP_MS), quiet))
 
     def _until(self, timeout_ms: float) -> float:
@@ -95,11 +103,11 @@ class Drivers:
 
     def _begin(self, drive: Drive) -> None:
         if drive.target is not None and not drive.target:
-            drive.finish("refused", "There must be at least one voter.")
+            drive.finish("refused", "There must be at least one voter.", ())
             return
         if self.drive is not None:
             if self.drive.target is not None:
-                drive.finish("busy", "This node changes the voters already.")
+                drive.finish("busy", "This node changes the voters already.", ())
                 return
             self._end(self.drive, "ok", "")
         self.drive = drive
@@ -122,12 +130,12 @@ class Drivers:
     def _say(self, drive: Drive, rid: int) -> None:
         if drive.over or drive.rid != rid or drive.step in ("read", "write"):
             return
+        silent = tuple(kid for kid in self._audience(drive) if kid not in drive.heard)
         if self._context.now_ms >= drive.deadline_ms:
-            self._end(drive, "maybe", "Not in time; who votes will find it half done and go on.")
+            self._end(drive, "maybe", LATE, silent)
             return
-        for kid in self._audience(drive):
-            if kid not in drive.heard:
-                self._context.send(kid, self._words(drive))
+        for kid in silent:
+            self._context.send(kid, self._words(drive))
         self._context.later(self._context.timeout_ms(), lambda _now: self._say(drive, rid))
 
     def _audience(self, drive: Drive) -> tuple[Kid, ...]:
@@ -155,7 +163,7 @@ class Drivers:
         if drive.over:
             return
         if result.status != "ok":
-            self._again(drive)
+            self._again(drive, result)
             return
         drive.version = result.version if result.data is not None else 0
         known = self._proposer.config
@@ -166,7 +174,9 @@ class Drivers:
             return
         self._proposer.adopt(config)
         drive.config = config
-        if config.joint or (drive.target is None and result.data is not None):
+        if self._overtaken(drive, config):
+            self._end(drive, "refused", OVERTAKEN)
+        elif config.joint or (drive.target is None and result.data is not None):
             self._enter(drive, "seal")
         elif drive.target is None:
             self._end(drive, "ok", "")
@@ -175,9 +185,21 @@ class Drivers:
         else:
             self._enter(drive, "hello")
 
-    def _again(self, drive: Drive) -> None:
+    @staticmethod
+    def _overtaken(drive: Drive, config: Config) -> bool:
+        """Whether somebody else's change came between; one to the same voters is as good as ours.
+
+        While joint, only a change away from the configuration that was named is ours.
+        """
+        if drive.epoch < 0 or drive.target is None:
+            return False
+        wanted = sorted(drive.target) == sorted(voter.kid for voter in config.new)
+        return not wanted and final_epoch(config.epoch) != drive.epoch
+
+    def _again(self, drive: Drive, result: Result | None = None) -> None:
         if self._context.now_ms >= drive.deadline_ms:
-            self._end(drive, "maybe", "Not in time; who votes will find it half done and go on.")
+            missing = tuple(Kid(kid) for kid in result.missing) if result is not None else ()
+            self._end(drive, "maybe", LATE, missing)
             return
         drive.step = "read"
         drive.rid = rid = self._context.rid()
@@ -189,11 +211,11 @@ class Drivers:
 
         self._context.later(wait_ms, later)
 
-    def _end(self, drive: Drive, status: str, why: str) -> None:
+    def _end(self, drive: Drive, status: str, why: str, missing: tuple[Kid, ...] = ()) -> None:
         drive.over = True
         if self.drive is drive:
             self.drive = None
-        drive.finish(status, why)
+        drive.finish(status, why, missing)
 
     # -- answers ----------------------------------------------------------------------------------
 
@@ -258,7 +280,9 @@ class Drivers:
         drive.step = "write"
         drive.rid = self._context.rid()
         data = msgspec.msgpack.encode(config)
-        self._submit(CONFIG_KEY, CasVersion(drive.version, data), lambda result: self._again(drive))
+        self._submit(
+            CONFIG_KEY, CasVersion(drive.version, data), lambda result: self._again(drive, result)
+        )
 
     def _sealed(self, drive: Drive) -> None:
         config, heard = drive.config, drive.heard
@@ -340,7 +364,8 @@ class Drivers:
             return
         if result.status != "ok":
             if self._context.now_ms >= drive.deadline_ms:
-                self._end(drive, "maybe", "Not in time; who votes will go on.")
+                missing = tuple(Kid(kid) for kid in result.missing)
+                self._end(drive, "maybe", LATE, missing)
                 return
             drive.keys.insert(0, key)
         self._rewrite(drive)
@@ -354,4 +379,4 @@ class Drivers:
             if _config.decode(result.data) == config:
                 self._write(drive, config.settled())
                 return
-        self._again(drive)
+        self._again(drive, result)

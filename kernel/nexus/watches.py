@@ -1,8 +1,11 @@
 """Watches: tell a client that a register is not what it was. Level-triggered, without history.
 
 Interface: `watch` and `unwatch` by the client's handle; `hint` when a voter has accepted something;
-`emit(client, key, version, data)` is called with each state that is told. Invariants:
-  W1  what is told was read by a quorum, and versions told of a key only grow, but for absence;
+`emit(client, key, state)` is called with each state that is told: the first is what was there when
+the watch was asked for, and where that cannot be read in time it says why, and the watch is over.
+Invariants:
+  W1  what is told was read by a quorum, and versions told of a key only grow, but for absence; a
+      first state that is stale, where that was asked for, says so and does not count;
   W2  after the last change a watcher is told of it within a poll, hints or not.
 """
 
@@ -15,11 +18,12 @@ from manifold.kernel.nexus.context import Context
 from manifold.kernel.nexus.messages import Read
 from manifold.kernel.nexus.proposer import Proposer
 from manifold.kernel.nexus.rounds import Operation
-from manifold.kernel.nexus.values import Datum, Get, Result
+from manifold.kernel.nexus.values import Get, Result
 
 KEYS_MAX = 4096
 CLIENTS_MAX = 1024  # of one key
-Emit = Callable[[int, str, int, Datum], None]
+_GONE = (0, False)
+Emit = Callable[[int, str, Result], None]
 
 
 @dataclass(slots=True)
@@ -40,21 +44,47 @@ class Watches:
         self._emit = emit
         self._keys: dict[str, Watched] = {}
 
-    def watch(self, client: int, key: str) -> bool:
+    def watch(self, client: int, key: str, timeout_ms: float, stale: bool) -> bool:
         """False: there are too many already."""
         watched = self._keys.get(key)
         if watched is None:
             if len(self._keys) >= KEYS_MAX:
                 return False
             watched = self._keys[key] = Watched()
-            watched.told[client] = None
             self._poll(key, watched)
-            return True
         if len(watched.told) >= CLIENTS_MAX and client not in watched.told:
             return False
         watched.told[client] = None
-        self._read(key, watched)
+        self._first(client, key, watched, timeout_ms, stale)
         return True
+
+    def _first(
+        self, client: int, key: str, watched: Watched, timeout_ms: float, stale: bool
+    ) -> None:
+        """The first state is read for each client: it has a deadline of its own."""
+
+        def done(result: Result) -> None:
+            if self._keys.get(key) is not watched or watched.told.get(client, _GONE) is not None:
+                return  # told by a hint meanwhile, or it does not watch any more
+            if result.status != "ok":
+                self.unwatch(client, key)
+                self._emit(client, key, result)
+            elif result.strength == "stale":
+                self._emit(client, key, result)
+                self._read(key, watched)
+            else:
+                self._seen(key, watched, result)
+
+        deadline_ms = self._context.now_ms + timeout_ms
+        self._proposer.submit(Operation(self._op(), key, Get(), deadline_ms, done, stale=stale))
+
+    def _op(self) -> str:
+        return f"{self._context.me[:18]}.{self._context.nonce}.{self._context.rid()}"
+
+    def adopted(self) -> None:
+        """Voters are known, or are others: they have to know who watches."""
+        for key in self._keys:
+            self._enlist(key)
 
     def unwatch(self, client: int, key: str) -> None:
         watched = self._keys.get(key)
@@ -75,12 +105,17 @@ class Watches:
     def _poll(self, key: str, watched: Watched) -> None:
         if self._keys.get(key) is not watched:
             return
+        self._enlist(key)
+        if watched.told:
+            self._read(key, watched)
+        self._context.later(self._context.timing.poll_ms, lambda _now: self._poll(key, watched))
+
+    def _enlist(self, key: str) -> None:
+        """So that voters send hints; the answers are nobody's."""
         config = self._proposer.config
         if config is not None:
-            for kid in config.kids():  # so that they send hints; the answers are nobody's
+            for kid in config.kids():
                 self._context.send(kid, Read(self._context.rid(), config.epoch, key, True))
-        self._read(key, watched)
-        self._context.later(self._context.timing.poll_ms, lambda _now: self._poll(key, watched))
 
     def _read(self, key: str, watched: Watched) -> None:
         """One read under way at a time; a hint meanwhile asks for one more (it may be newer)."""
@@ -88,7 +123,6 @@ class Watches:
             watched.again = True
             return
         watched.reading, watched.again = True, False
-        op = f"{self._context.me[:18]}.{self._context.nonce}.{self._context.rid()}"
         deadline_ms = self._context.now_ms + self._context.timing.poll_ms
 
         def done(result: Result) -> None:
@@ -96,18 +130,18 @@ class Watches:
             if self._keys.get(key) is not watched:
                 return
             if result.status == "ok":
-                self._seen(key, watched, result.version, result.data)
+                self._seen(key, watched, result)
             if watched.again:
                 self._read(key, watched)
 
-        self._proposer.submit(Operation(op, key, Get(), deadline_ms, done))
+        self._proposer.submit(Operation(self._op(), key, Get(), deadline_ms, done))
 
-    def _seen(self, key: str, watched: Watched, version: int, data: Datum) -> None:
-        present = data is not None
+    def _seen(self, key: str, watched: Watched, result: Result) -> None:
+        present = result.data is not None
         for client, told in list(watched.told.items()):
-            grew = told is None or version > told[0]
+            grew = told is None or result.version > told[0]
             if told is not None and not told[1] and not present:
                 continue  # absent still: its version is its shard's floor
             if grew:
-                watched.told[client] = (version, present)
-                self._emit(client, key, version if present else 0, data)
+                watched.told[client] = (result.version, present)
+                self._emit(client, key, result)

@@ -36,7 +36,7 @@ from manifold.tools.simulator.world import Node, World
 from manifold.vm.kid import Kid
 
 TIMING = Timing(
-    timeout_ms=15.0,
+    timeout_ms=10.0,
     timeout_most_ms=60.0,
     contended_ms=150.0,
     doubt_ms=80.0,
