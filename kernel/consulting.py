@@ -1,8 +1,8 @@
 """What clients ask of Nexus, at the node they are attached to.
 
-Interface rules: `serve` takes a request of a client, `answered` what Nexus replies to its handle: an
-operation once, a watch again and again, the first time as the answer to the request and from then
-on by pushes. A client that is gone is answered no more, and its watches end. Bounds: WAITING_MAX
+Interface rules: `serve` takes a request of a client, `answered` what Nexus replies to its handle:
+an operation once, a watch again and again, the first time as the answer to the request and from
+then on by pushes. A client that is gone is answered no more, and its watches end. Bounds: WAITING_MAX
 requests of all clients; Nexus bounds operations and watches itself.
 """
 

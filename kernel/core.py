@@ -30,8 +30,9 @@ from manifold.kernel.nexus import messages as nexus_messages
 from manifold.kernel.nexus.ask import Ask
 from manifold.kernel.nexus.messages import Changed, Unwatch
 from manifold.kernel.nexus.protocol import Nexus
-from manifold.kernel.process.messages import Fault, Result
+from manifold.kernel.process.messages import Fault, GlobalCall, Result
 from manifold.kernel.scheduler import messages as scheduler_messages
+from manifold.kernel.scheduler.globalcalls import GlobalCalls
 from manifold.kernel.scheduler.protocol import Request, Scheduler
 from manifold.vm.kid import Kid
 
@@ -70,13 +71,27 @@ class Core:
         self._boots: dict[Kid, int] = {}
         self._asked: dict[int, tuple[str, Ask]] = {}  # what subsystems wait for, by handle
         self._handle = 0
-        self._askers: dict[str, Callable[[int, Any, float], list[Effect]]] = {}
+        self.globals = GlobalCalls(me.kid, me.boot, self.scheduler.runner)
+        self._voters_known = False
+        self._askers: dict[str, Callable[[int, Any, float], list[Effect]]] = {
+            "scheduler": self._to_scheduler,
+            "globals": self.globals.answered,
+        }
         self._ticks = {
             "membership": self.membership.tick,
-            "scheduler": self.scheduler.tick,
+            "scheduler": self._tick_scheduler,
             "nexus": self.nexus.tick,
+            "globals": self.globals.tick,
         }
         self._due = dict.fromkeys(self._ticks, float("inf"))
+
+    # The simulator's mutants put another scheduler's parts in: so both are looked up each time.
+
+    def _to_scheduler(self, token: int, message: Any, now_ms: float) -> list[Effect]:
+        return self.scheduler.answered(token, message, now_ms)
+
+    def _tick_scheduler(self, now_ms: float) -> list[Effect]:
+        return self.scheduler.tick(now_ms)
 
     # -- events -------------------------------------------------------------------------------
 
@@ -163,6 +178,10 @@ class Core:
         """What Nexus persists is refused by the disk: this node votes no more."""
         return self._close("nexus", self.nexus.storage_failed(now_ms), now_ms)
 
+    def global_call(self, slot: int, call: GlobalCall, now_ms: float) -> list[Effect]:
+        """A worker's program asks for a global; answered by `Notify(GlobalAnswer(…))`."""
+        return self._close("globals", self.globals.call(slot, call, now_ms), now_ms)
+
     def client_gone(self, client: str, now_ms: float) -> list[Effect]:
         return self._close("scheduler", self.scheduler.client_gone(client, now_ms), now_ms)
 
@@ -193,6 +212,9 @@ class Core:
                     break
                 if not self._inside(owner, effect, queue, now_ms):
                     outward.append(effect)
+            if not self._voters_known and self.nexus.config is not None:
+                self._voters_known = True
+                queue.append(("scheduler", self.scheduler.nexus_known(now_ms)))
         due_ms = min(self._due.values())
         if due_ms != float("inf"):
             outward.append(SetTimer(due_ms))  # H1
@@ -231,9 +253,7 @@ class Core:
         self._asked[self._handle] = (owner, ask)
         return self.nexus.request(self._handle, ask.request, now_ms)
 
-    def _answered(
-        self, handle: int, message: Any, now_ms: float
-    ) -> list[tuple[str, list[Effect]]]:
+    def _answered(self, handle: int, message: Any, now_ms: float) -> list[tuple[str, list[Effect]]]:
         owner, ask = self._asked.get(handle, ("", None))
         if ask is None:
             return []

@@ -169,6 +169,8 @@ VOCABULARY: Any = (
     | nexus.Request
     | nexus.Answer
     | nexus.Changed
+    | nexus.Listing
+    | nexus.NexusInfo
     | Message
 )
 # Made once, in the zygote: 5 ms and half a megabyte that its children share.

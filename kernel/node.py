@@ -56,6 +56,7 @@ from manifold.kernel.process.messages import (
     Calls,
     Compute,
     Fault,
+    GlobalCall,
     Result,
     TaskSpec,
     WorkerSpec,
@@ -64,6 +65,7 @@ from manifold.kernel.process.pool import Pool
 from manifold.kernel.process.remains import answers
 from manifold.kernel.process.taskpool import TaskPool
 from manifold.kernel.scheduler import blocks
+from manifold.kernel.scheduler.globalcalls import GlobalAnswer
 from manifold.kernel.scheduler.messages import (
     AbortRun,
     JobEvent,
@@ -400,6 +402,8 @@ class Node:
                     self.tasks.abort(run)
                 else:
                     self.pool.abort(slot, run)
+            case GlobalAnswer(slot=slot, done=done):
+                self.pool.global_done(slot, done)
             case MemberChanged(member=member, previous_state=previous):
                 before = previous.name.lower() if previous is not None else "unknown"
                 log.info(
@@ -491,6 +495,9 @@ class Node:
     def run_lost(self, slot: int, run: int, reason: str) -> None:
         log.warning("slot %d: %s", slot, reason)
         self.perform(self.core.run_lost(slot, run, reason, self.now_ms()))
+
+    def global_call(self, slot: int, call: GlobalCall) -> None:
+        self.perform(self.core.global_call(slot, call, self.now_ms()))
 
     # -- clients ------------------------------------------------------------------------------
 

@@ -111,6 +111,8 @@ class Job:
     parcels: tuple[Parcel, ...] = ()  # one for each index, or none at all
     client: str = ""  # with whom it ends, unless it is detached
     detach: bool = False
+    kept: bool = True  # small enough for Nexus
+    asked_ms: float = -1.0  # taken over: when a client last asked about it
 
     def drop_program(self) -> None:
         """It has ended: what was needed to run it is not needed to tell of it."""

@@ -34,6 +34,10 @@ HOPS_MAX = 64  # the largest `geode.hops` that a configuration may have
 ATTEMPT_BITS = 40
 BOOT_MASK = (1 << 22) - 1
 
+EFFECTS_MAX = 64  # globals that one program writes
+SETTLED_MAX = 64  # runs of positions in one acknowledgement
+
+GlobalName = Annotated[str, Meta(min_length=1, max_length=128)]
 JobId = Annotated[str, Meta(pattern=r"^J-[0-9a-f]{16}$")]
 Index = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Block = Annotated[int, Meta(ge=0, le=BLOCK_MAX)]
@@ -52,7 +56,8 @@ class JobSpec(msgspec.Struct, frozen=True, array_like=True):
     `isolate`: each index is a task of its own, with its own result or fault. `timeout_ms` 0: none.
     `serial`: one after another, in one place. Of kind `python`, the program is a function and each
     index a call of it in a task process of `session`; of kind `wasm` it is a WebAssembly module,
-    of which `entry` is called, or a WASI program, run once for each index.
+    of which `entry` is called, or a WASI program, run once for each index. `effects`: the globals
+    that the program may write.
     """
 
     program: Kid
@@ -69,6 +74,7 @@ class JobSpec(msgspec.Struct, frozen=True, array_like=True):
     serial: bool = False
     entry: Text = ""
     session: Session | None = None
+    effects: Annotated[tuple[GlobalName, ...], Meta(max_length=EFFECTS_MAX)] = ()
 
 
 # -- client and owner ---------------------------------------------------------------------------
@@ -83,6 +89,7 @@ class SubmitJob(msgspec.Struct, frozen=True, array_like=True, tag="s.submit"):
     watch: bool = True  # push `JobStatus` to the submitter on progress and at the end
     parcels: Parcels = ()  # arguments of calls and programs, one for each index
     detach: bool = False  # it goes on when the submitter has gone
+    again: bool = False  # it was submitted before: somebody may have taken it over
 
 
 State = Literal["running", "done", "failed", "cancelled"]
@@ -126,9 +133,10 @@ class WatchJob(msgspec.Struct, frozen=True, array_like=True, tag="s.watch"):
 
 
 class KillJob(msgspec.Struct, frozen=True, array_like=True, tag="s.kill"):
-    """Answered by `JobStatus`."""
+    """Answered by `JobStatus`. `moved`: somebody else has it now, so it is only dropped here."""
 
     job: JobId
+    moved: bool = False
 
 
 class FetchResult(msgspec.Struct, frozen=True, array_like=True, tag="s.fetch"):
@@ -254,6 +262,7 @@ class ReportAck(msgspec.Struct, frozen=True, array_like=True, tag="s.ack"):
     """Everything before block `counted` of this attempt is safe with the owner.
 
     `missing`: the report began later than that; what lies between has to be sent again.
+    `settled`: positions of the job that no attempt will ever have again, of a job with effects.
     """
 
     job: JobId
@@ -261,6 +270,7 @@ class ReportAck(msgspec.Struct, frozen=True, array_like=True, tag="s.ack"):
     attempt: Number
     counted: Block
     missing: bool = False
+    settled: Annotated[tuple[tuple[Number, Number], ...], Meta(max_length=SETTLED_MAX)] = ()
 
 
 Message = (

@@ -18,6 +18,7 @@ from manifold.kernel.errors import Busy, ManifoldError, NotFound, Unavailable
 from manifold.kernel.geode.geode import Geode
 from manifold.kernel.process.messages import Fault
 from manifold.kernel.scheduler import admission, balance, blocks, outcome
+from manifold.kernel.scheduler.keeper import Keeper
 from manifold.kernel.scheduler.ledger import Job, Shard
 from manifold.kernel.scheduler.messages import (
     DropShard,
@@ -39,6 +40,7 @@ from manifold.kernel.scheduler.messages import (
     WatchJob,
 )
 from manifold.kernel.scheduler.planner import Planner, task_name
+from manifold.kernel.scheduler.records import JobRecord
 from manifold.kernel.scheduler.shelf import Shelf
 from manifold.vm.kid import Kid
 
@@ -46,6 +48,7 @@ TICK_MS = 50.0  # while jobs run: half the time in which a stall is noticed by a
 RESEND_MS = 400.0  # an assignment or shrink nobody answered is sent again
 WATCHERS_MAX = 64
 NOBODY_MS = 30_000.0  # a job that no node may run waits this long before it fails
+ASKED_MS = 30_000.0  # a job that was taken over ends when no client asked about it for so long
 WAITING_PER_END = 2  # and when a shard ends: one slot came free
 
 
@@ -56,6 +59,7 @@ class Owner(Planner):
         super().__init__(me, config, geode, boot)
         self.shelf = Shelf(config.retain_ms)
         self.events: list[JobEvent] = []
+        self.keeper = Keeper(self, boot)
         self._ticked_ms = 0.0
 
     # -- clients ------------------------------------------------------------------------------
@@ -66,8 +70,7 @@ class Owner(Planner):
         """The answer to a submission, and what follows from it."""
         job = self._find(message.job)
         if job is not None:  # submitted before: the id is its idempotency token
-            if message.watch and job.state == "running":
-                self._watch(job, client)
+            self._asked(job, client if message.watch else "", now_ms)
             return self.status(job, now_ms), []
         admission.check(message, len(self.jobs), self.config)
         self.peers.relent(now_ms)
@@ -89,11 +92,17 @@ class Owner(Planner):
             raise Busy("This node holds too many arguments and results.", "Come again.")
         self.jobs[job.job] = job
         self._event("submitted", job, f"{blocks.total(job.spec)} indices in {count} blocks")
-        effects = self.begin(job, now_ms)
+        effects = self.keeper.begin(job, message.again, now_ms)
         return self.status(job, now_ms), effects
 
     def _find(self, name: str) -> Job | None:
         return self.jobs.get(name) or self.shelf.jobs.get(name)
+
+    def _asked(self, job: Job, client: str, now_ms: float) -> None:
+        if job.asked_ms >= 0:
+            job.asked_ms = now_ms
+        if client and job.state == "running":
+            self._watch(job, client)
 
     def _watch(self, job: Job, client: str) -> None:
         if len(job.watchers) >= WATCHERS_MAX:
@@ -112,11 +121,12 @@ class Owner(Planner):
             raise NotFound(f"This node owns no job {message.job}.", "`manifold jobs` lists them.")
         match message:
             case WatchJob():
-                if job.state == "running":
-                    self._watch(job, client)
+                self._asked(job, client, now_ms)
                 return self.status(job, now_ms), []
+            case KillJob(moved=True) if job.state == "running":
+                return self.status(job, now_ms), self.lose(job, now_ms)
             case KillJob():
-                effects = [] if job.state != "running" else self._end(job, "cancelled", now_ms)
+                effects = [] if job.state != "running" else self.end(job, "cancelled", now_ms)
                 return self.status(job, now_ms), effects
             case FetchResult():
                 return ResultPart(message.first, outcome.part(job, message.first)), []
@@ -130,6 +140,7 @@ class Owner(Planner):
     def node_up(self, node: Kid, now_ms: float) -> list[Effect]:
         """A node joined, or came back as a new process."""
         self.peers.forget(node)
+        self.keeper.node_up(node)
         return self.pump(now_ms)
 
     def node_down(self, node: Kid, now_ms: float) -> list[Effect]:
@@ -138,14 +149,71 @@ class Owner(Planner):
         for job in self.jobs.values():
             for shard in [s for s in job.shards.values() if s.node == node]:
                 self._release(job, shard, "its node died", now_ms)
-        return self.pump(now_ms)
+        return [*self.keeper.node_down(node), *self.pump(now_ms)]
 
     def client_gone(self, client: str, now_ms: float) -> list[Effect]:
         """A client has left, or its lease has: what it alone waited for ends."""
         effects: list[Effect] = []
         for job in [j for j in self.jobs.values() if j.client == client and not j.detach]:
-            effects += self._end(job, "cancelled", now_ms)
+            effects += self.end(job, "cancelled", now_ms)
         return effects
+
+    # -- jobs that change their owner -----------------------------------------------------------
+
+    def resume(self, job: Job, now_ms: float) -> list[Effect]:
+        """Go on with a job of which some blocks may be counted already."""
+        if job.blocks and job.counted == job.blocks:
+            return self.keeper.complete(job, now_ms)
+        if not job.shards:
+            return self.begin(job, now_ms)
+        return self._plan(job, now_ms)
+
+    def adopt(self, job: Job, new: bool, now_ms: float) -> list[Effect]:
+        """A job that another owner began is ours now; `new`: no client of ours has asked for it."""
+        size = outcome.nbytes([result for result in job.results if result is not None])
+        self.shelf.grow(job, size + outcome.parcels_nbytes(job.parcels))
+        if new:
+            self.jobs[job.job] = job
+            job.asked_ms = now_ms
+        self._event("taken over", job, f"{job.counted} of {job.blocks} blocks are counted")
+        return [] if job.spec.effects else self.resume(job, now_ms)
+
+    def lose(self, job: Job, now_ms: float) -> list[Effect]:
+        """Somebody else owns it: drop it, without a word of its end."""
+        self.keeper.drop(job.job)
+        if self.jobs.get(job.job) is not job:
+            return []
+        effects = self._abandon(job, now_ms)
+        del self.jobs[job.job]
+        self._waiting.pop(job.job, None)
+        self.shelf.held_bytes -= job.held_bytes
+        self._event("moved", job, "another node owns it")
+        return effects
+
+    def ended_elsewhere(self, job: Job, record: JobRecord, now_ms: float) -> list[Effect]:
+        """It was submitted again, and has ended already."""
+        if record.state == "done" and record.results is None and not job.spec.effects:
+            return self.begin(job, now_ms)  # its results are gone with their owner
+        job.fault = record.fault
+        if record.state == "done" and record.results is None:
+            job.fault = Fault(
+                "exhausted", "The job is done; its results are gone with the node that owned it.",
+                "Its effects on globals are there; reduce the results next time.",
+            )  # fmt: skip
+            return self.end(job, "failed", now_ms)
+        job.results = list(record.results or ())
+        job.done = blocks.total(job.spec) if record.state == "done" else 0
+        return self._over(job, record.state, now_ms)
+
+    def damaged(self, record: JobRecord, job: Job | None, why: str, now_ms: float) -> list[Effect]:
+        """What was kept of it makes no job: whoever asks for it hears that."""
+        if job is None:
+            self.events.append(JobEvent("damaged", record.job, why))
+            return []
+        job.fault = Fault(
+            "damaged", f"What was kept of this job is damaged: {why}.", "Run it anew."
+        )
+        return self.end(job, "failed", now_ms)
 
     # -- runners ------------------------------------------------------------------------------
 
@@ -209,15 +277,17 @@ class Owner(Planner):
         if fresh:
             self._learn(job, shard, node, report, job.done - done, now_ms)
         missing = report.first > shard.counted
-        ack = ReportAck(job.job, report.shard, report.attempt, shard.counted, missing)
-        effects: list[Effect] = [Send(node, ack)]
+        kept = self.keeper.counted(job, shard.counted - len(fresh), len(fresh), now_ms)
+        settled = self.keeper.settled(job)
+        ack = ReportAck(job.job, report.shard, report.attempt, shard.counted, missing, settled)
+        effects: list[Effect] = [Send(node, ack), *kept]
         ended = shard.number not in job.shards
         if ended:
             self._left(job, shard, node, now_ms)
         if report.fault is not None:
             job.fault = msgspec.structs.replace(report.fault, node=self.peers.alias(node))
             self._event("trapped", job, job.fault.message)
-            return effects + self._end(job, "failed", now_ms)
+            return effects + self.end(job, "failed", now_ms)
         if report.lost and not ended:
             self._release(job, shard, report.lost, now_ms)
             effects.append(Send(node, DropShard(job.job, report.shard, report.attempt)))
@@ -225,9 +295,9 @@ class Owner(Planner):
             job.fault = Fault(
                 "exhausted", "The results are larger than this node holds.", "Reduce them."
             )
-            return effects + self._end(job, "failed", now_ms)
+            return effects + self.end(job, "failed", now_ms)
         if job.counted == job.blocks:
-            effects += self._end(job, "done", now_ms)
+            effects += self.keeper.complete(job, now_ms)
         else:
             if fresh:
                 job.probing_until_ms = 0.0
@@ -276,7 +346,20 @@ class Owner(Planner):
 
     # -- the end ------------------------------------------------------------------------------
 
-    def _end(self, job: Job, state: State, now_ms: float) -> list[Effect]:
+    def end(self, job: Job, state: State, now_ms: float) -> list[Effect]:
+        effects = self._abandon(job, now_ms)
+        if state == "done":
+            try:
+                outcome.reduce(job)
+            except ManifoldError as error:
+                state = "failed"
+                job.fault = Fault(error.code, error.message, error.next_step)
+        if state != "done":
+            job.results = []
+        return effects + self._over(job, state, now_ms)
+
+    def _abandon(self, job: Job, now_ms: float) -> list[Effect]:
+        """Nobody is to go on with it."""
         effects: list[Effect] = []
         for shard in list(job.shards.values()):
             if shard.node is not None:
@@ -285,21 +368,17 @@ class Owner(Planner):
                 self._left(job, shard, shard.node, now_ms)
         job.shards.clear()
         job.pending.clear()
+        return effects
+
+    def _over(self, job: Job, state: State, now_ms: float) -> list[Effect]:
         job.state = state
         job.ended_ms = now_ms
-        if state == "done":
-            try:
-                outcome.reduce(job)
-            except ManifoldError as error:
-                job.state = "failed"
-                job.fault = Fault(error.code, error.message, error.next_step)
-        if job.state != "done":
-            job.results = []
         job.drop_program()
         self.jobs.pop(job.job, None)
         self._waiting.pop(job.job, None)
         self.shelf.put(job)
         self._event(job.state, job, f"{job.done} indices in {now_ms - job.started_ms:.0f} ms")
+        effects = self.keeper.ended(job, now_ms)
         if job.watchers:
             status = self.status(job, now_ms)
             effects += [Send(watcher, status) for watcher in job.watchers]
@@ -331,7 +410,7 @@ class Owner(Planner):
                     shard.heard_ms = min(now_ms, shard.heard_ms + late_ms)
             effects += self._tick_job(job, now_ms)
         self.shelf.expire(now_ms)
-        return effects + self.pump(now_ms)
+        return [*effects, *self.keeper.tick(now_ms), *self.pump(now_ms)]
 
     def _tick_job(self, job: Job, now_ms: float) -> list[Effect]:
         limit_ms = job.spec.timeout_ms
@@ -341,12 +420,14 @@ class Owner(Planner):
                 f"The job ran into its timeout of {limit_ms / 1000:g} s.",
                 "Give it longer with --timeout, or less to do.",
             )
-            return self._end(job, "failed", now_ms)
+            return self.end(job, "failed", now_ms)
         if 0 <= job.starved_since_ms < now_ms - NOBODY_MS:
             job.fault = Fault(
                 "unavailable", "No node that may run this job is alive.", "`manifold node ls`."
             )
-            return self._end(job, "failed", now_ms)
+            return self.end(job, "failed", now_ms)
+        if 0 <= job.asked_ms < now_ms - ASKED_MS and not job.detach:
+            return self.end(job, "cancelled", now_ms)
         effects: list[Effect] = []
         for shard in list(job.shards.values()):
             if shard.node is None:

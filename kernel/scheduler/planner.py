@@ -41,7 +41,7 @@ class Planner(ABC):
         self._waiting: OrderedDict[str, None] = OrderedDict()  # jobs with a shard without a slot
 
     @abstractmethod
-    def _end(self, job: Job, state: State, now_ms: float) -> list[Effect]:
+    def end(self, job: Job, state: State, now_ms: float) -> list[Effect]:
         """It is over."""
 
     @abstractmethod
@@ -50,7 +50,7 @@ class Planner(ABC):
 
     def begin(self, job: Job, now_ms: float) -> list[Effect]:
         if not job.blocks:
-            return self._end(job, "done", now_ms)
+            return self.end(job, "done", now_ms)
         spread = job.blocks > 1 and not job.spec.serial
         if spread and balance.gas_per_block(self.geode, job) is None:
             probe = job.cut(0, 1)
@@ -212,7 +212,7 @@ class Planner(ABC):
                 f"Shard {shard.number} was lost {shard.attempts} times.",
                 "`manifold logs` says why its nodes or workers ended.",
             )
-            return self._end(job, "failed", now_ms)
+            return self.end(job, "failed", now_ms)
         self._attempts += 1  # O4
         job.assign(shard, node, self._attempts, now_ms)
         self.geode.keep(task_name(job, shard), demand, ranked, node, now_ms, note)

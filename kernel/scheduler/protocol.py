@@ -120,9 +120,12 @@ class Scheduler:
         """Add what happened and the timer that is due."""
         if self.owner.events:
             effects += self.owner.take_events()
-        if self.owner.jobs:
+        keeper_due_ms = self.owner.keeper.due_ms
+        if self.owner.jobs or keeper_due_ms <= now_ms:
             self._owner_due_ms = min(self._owner_due_ms, now_ms + TICK_MS, self.owner.wake_ms)
-        elif self.owner.shelf.jobs:
+        elif keeper_due_ms != float("inf"):
+            self._owner_due_ms = min(self._owner_due_ms, keeper_due_ms)
+        if self.owner.shelf.jobs:
             self._owner_due_ms = min(self._owner_due_ms, now_ms + RETAIN_TICK_MS)
         if self.runner.busy:
             self._runner_due_ms = min(self._runner_due_ms, now_ms + RUNNER_TICK_MS)
@@ -130,6 +133,16 @@ class Scheduler:
         if due_ms != float("inf"):
             effects.append(SetTimer(due_ms))
         return effects
+
+    # -- Nexus --------------------------------------------------------------------------------
+
+    def nexus_known(self, now_ms: float) -> list[Effect]:
+        """There are voters."""
+        return self._close(self.owner.keeper.nexus_known(now_ms), now_ms)
+
+    def answered(self, token: int, message: Any, now_ms: float) -> list[Effect]:
+        """Nexus answers what was asked of it."""
+        return self._close(self.owner.keeper.answered(token, message, now_ms), now_ms)
 
     # -- who is there -------------------------------------------------------------------------
 

@@ -59,6 +59,7 @@ REWIND_MS = 20.0  # a gap is repaired at once, but not again until the repair ca
 REPORT_MS = 50.0
 EAGER_BYTES = 256 << 10  # or when they are so large
 WINDOW_BYTES = 4 << 20  # two reports: while one is acknowledged the next is on its way
+SETTLED_JOBS_MAX = 256  # jobs with effects of which it is remembered what is settled
 ORPHAN_MS = 30_000.0  # an owner that has acknowledged nothing for so long is gone
 
 
@@ -140,6 +141,7 @@ class Runner:
         self._next_run = 1
         self._queued_gas = 0.0  # of all attempts, as far as it can be told
         self._gas_per_index: OrderedDict[Kid, float] = OrderedDict()  # as seen here, by program
+        self._settled: OrderedDict[str, tuple[tuple[int, int], ...]] = OrderedDict()  # by job
 
     # -- from owners --------------------------------------------------------------------------
 
@@ -341,6 +343,14 @@ class Runner:
     def _run(self, slot: int, run: int) -> Attempt | None:
         attempt = self._running.get(slot)
         return attempt if attempt is not None and attempt.run == run else None  # R4
+
+    def running_at(self, slot: int, run: int) -> Attempt | None:
+        """The attempt of a run that goes on."""
+        return self._run(slot, run)
+
+    def settled(self, job: str) -> tuple[tuple[int, int], ...]:
+        """Positions of a job with effects that nobody will have again, as far as we know."""
+        return self._settled.get(job, ())
 
     def run_blocks(
         self,

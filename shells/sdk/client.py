@@ -25,6 +25,7 @@ from manifold.kernel import messages as m
 from manifold.kernel import places
 from manifold.kernel.errors import ManifoldError
 from manifold.kernel.geode.messages import Decision, Demand
+from manifold.kernel.nexus.messages import Changed
 from manifold.kernel.process.messages import Value
 from manifold.kernel.scheduler.messages import (
     INDICES_EXPLICIT_MAX,
@@ -45,6 +46,8 @@ from manifold.vm.runtime.results import Partial, finish
 
 if TYPE_CHECKING:
     from manifold.shells.sdk.calls import Calls
+    from manifold.shells.sdk.globals import Globals
+    from manifold.shells.sdk.globals_calls import Calls as GlobalsCalls
     from manifold.shells.sdk.programs import Source
     from manifold.vm.syntax import Program
 
@@ -77,12 +80,16 @@ class Client:
         self._calls: Calls | None = None
         self._queues: weakref.WeakSet[Calls] = weakref.WeakSet()
         self._folder: Path | None = None
+        self._calls_of_globals: GlobalsCalls | None = None
         self._closing = threading.RLock()
         self.connection = Connection(self.cluster, self.environ, self._pushed, node)
         self.jobs_of = Jobs(self.connection)
 
     def _pushed(self, message: Any) -> None:
-        self.jobs_of.pushed(message)
+        if not isinstance(message, Changed):
+            self.jobs_of.pushed(message)
+        elif self._calls_of_globals is not None:
+            self._calls_of_globals.registers.pushed(message)
 
     def __enter__(self) -> Client:
         return self
@@ -102,6 +109,8 @@ class Client:
                 for calls in list(self._queues):
                     calls.close()
                     calls.cancel_pending()
+                if self._calls_of_globals is not None:
+                    self.connection.call(self._calls_of_globals.registers.stop())
                 self.connection.call(self.jobs_of.stop())
             self.connection.close()
         if self._folder is not None:
@@ -146,7 +155,7 @@ class Client:
         spec = JobSpec(
             loaded.kid, lo, hi, reduce, tuple(arguments), False, (), timeout_ms,
             name or (str(program)[:100] if isinstance(program, str | Path) else ""),
-            demand or Demand(),
+            demand or Demand(), effects=loaded.written,
         )  # fmt: skip
         future = Future("", self)
         entry = Job(spec, loaded.ir, _Whole(spec, future), job=job, detach=detach)
@@ -300,8 +309,9 @@ class Client:
         indices = tuple(index for index, _ in batch)
         futures = [future for _, future in batch]
         spec = JobSpec(
-            program.kid, 0, len(batch), "collect", arguments, True, indices, 0.0, "tasks"
-        )
+            program.kid, 0, len(batch), "collect", arguments, True, indices, 0.0, "tasks",
+            effects=program.written,
+        )  # fmt: skip
         tasks = _Tasks(indices, futures)
         job = Job(spec, program.ir, tasks)
         tasks.kill = partial(self.jobs_of.kill, job.job)
@@ -309,6 +319,27 @@ class Client:
             future.job, future.on_cancel = job.job, tasks.look
         self.jobs_of.start(job)
         tasks.look()
+
+    # -- globals ------------------------------------------------------------------------------
+
+    @property
+    def globals(self) -> Globals:
+        """Named values that the whole cluster agrees on: `client.globals["x"] = 1`."""
+        from manifold.shells.sdk.globals import Globals
+
+        return Globals(self)
+
+    @property
+    def calls_of_globals(self) -> GlobalsCalls:
+        """What is beneath `globals`, in whatever form they are used."""
+        if self._calls_of_globals is None:
+            from manifold.shells.sdk.globals_calls import Calls
+            from manifold.shells.sdk.registers import Registers
+
+            with self._closing:
+                if self._calls_of_globals is None:
+                    self._calls_of_globals = Calls(Registers(self.connection))
+        return self._calls_of_globals
 
     # -- WebAssembly --------------------------------------------------------------------------
 

@@ -107,7 +107,8 @@ class Job:
 
     @property
     def submission(self) -> SubmitJob:
-        return SubmitJob(self.job, self.spec, self.ir, True, self.parcels, self.detach)
+        again = self.resubmits > 0
+        return SubmitJob(self.job, self.spec, self.ir, True, self.parcels, self.detach, again)
 
 
 class Jobs:
@@ -156,11 +157,11 @@ class Jobs:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _kill(self, name: str, owner: str) -> None:
+    async def _kill(self, name: str, owner: str, *, moved: bool = False) -> None:
         """Told to its owner itself: a node that is slow hears it when it goes on."""
         for _ in range(KILLS_MAX):
             try:
-                await self._connection.request_of(owner, KillJob(name))
+                await self._connection.request_of(owner, KillJob(name, moved))
             except ManifoldError as error:
                 if error.code in ("maybe", "unavailable"):
                     continue
@@ -204,7 +205,7 @@ class Jobs:
                 continue
             job.heard_s = self._connection.loop.time()
             if job.owner not in ("", status.owner):  # it did not answer, and may have it still
-                self._run(self._kill(job.job, job.owner))
+                self._run(self._kill(job.job, job.owner, moved=True))
             job.owner = status.owner
             await self._heard(job, status)
             return

@@ -127,9 +127,9 @@ class Observed(Core):
                 self.audit.assigned(source, self.me.kid, message)
             case ReportAck():
                 self.audit.acknowledged(source, self.me.boot, message)
-            case Shrunk():
+            case Shrunk() if self._is_current(source, message):
                 self.audit.shrunk(self.me.kid, message)
-            case Report():
+            case Report() if self._is_current(source, message):
                 self.audit.reported(self.me.kid, message)
         routed = super()._route(source, message, now_ms)
         if before is not None:
@@ -150,12 +150,18 @@ class Observed(Core):
             self._look(job)
         return effects
 
+    def _is_current(self, source: Kid, message: Report | Shrunk) -> bool:
+        """Of a fenced attempt a former process of its runner may still be heard."""
+        job = self.scheduler.owner.jobs.get(message.job)
+        shard = job.shards.get(message.shard) if job is not None else None
+        return shard is not None and shard.node == source and shard.attempt == message.attempt
+
     def _before(self, source: Kid, report: Report) -> Before | None:
         job = self.scheduler.owner.jobs.get(report.job)
         if job is None:
             return None
         shard = job.shards.get(report.shard)
-        current = shard is not None and shard.node == source and shard.attempt == report.attempt
+        current = self._is_current(source, report)
         counted = shard.counted if shard is not None else 0
         return Before(job, job.counted, job.done, shard, counted, current)
 

@@ -258,7 +258,8 @@ class Workers:
         self._report(run)
         run.over = True
         start = run.start
-        del self._runs[(run.node.index, start.worker)]
+        ended = self._runs.pop((run.node.index, start.worker), None)
+        assert ended is run, "a slot has one run at a time"
         self._tell(run.node, lambda core, now: core.run_ended(start.worker, start.run, fault, now))
 
     def _tell(self, node: Node, action: Any) -> None:
