@@ -102,7 +102,10 @@ class Acceptor:
             record = _voter.decode(saved)
         else:
             record = VoterRecord(context.random.getrandbits(DISK_BITS) + 1, 0, None)
-        self.disk, self.joined, self.config = record.disk, record.joined, record.config
+        self.disk, self.joined = record.disk, record.joined
+        self.config: Config | None = None
+        self.votes = False
+        self._follow(record.config)
         self.floors = list(record.floors)
         for name in sorted(durable):
             if name.startswith(KEY_PREFIX) and durable[name]:
@@ -123,9 +126,9 @@ class Acceptor:
         else:
             self._fading.pop(key, None)
 
-    @property
-    def votes(self) -> bool:
-        return self.config is not None and self.config.is_voter(self._context.me, self.disk)
+    def _follow(self, config: Config | None) -> None:
+        self.config = config
+        self.votes = config is not None and config.is_voter(self._context.me, self.disk)
 
     def start(self) -> None:
         """Nothing is made durable: a number that nobody was told may be another next time."""
@@ -273,7 +276,7 @@ class Acceptor:
                 self._fading.clear()
                 self.rows.clear()  # on disk they stay until a restart finds them to be nobody's
                 self.joined = config.epoch  # A5
-            self.config = config
+            self._follow(config)
         if not listed:
             self._stale(source, message.rid)
             return

@@ -260,7 +260,7 @@ class Worker:
                 self._hear(message)
             if self._aborted:
                 raise Stopped(0, call.index)
-            if False:
+            if now_s - self._told_s >= ALIVE_S:
                 self._tell()
         if self._done.fault is not None:
             raise _error(self._done.fault)

@@ -202,10 +202,8 @@ class Keeper(Takeover):
             return self._list(now_ms)
         if guard.head:
             return self._write_head(guard)
-        if guard.fresh and not guard.full:
-            return self._write_results(guard, now_ms)
         if self._stale(guard):
-            return self._write_record(guard, now_ms)
+            return self._write_results(guard, now_ms)
         if guard.over:
             return self._close(guard, now_ms)
         if guard.admit:
@@ -224,7 +222,9 @@ class Keeper(Takeover):
         return [effect for key in keys for effect in self._until_ok(key, Delete())]
 
     def _stale(self, guard: Guard) -> bool:
-        return not guard.claimed or bool(guard.chunked) or (guard.over and not guard.told)
+        if not guard.claimed or (guard.over and not guard.told):
+            return True
+        return not guard.full and not records.covers(guard.saved, guard.fresh)
 
     def _without_voters(self, guard: Guard, now_ms: float) -> list[Effect]:
         job = guard.job
@@ -264,7 +264,11 @@ class Keeper(Takeover):
         return self._do(guard, key, Put(data), written)
 
     def _write_results(self, guard: Guard, now_ms: float) -> list[Effect]:
-        data, spans = records.take_results(guard.job, guard.fresh)
+        """What does not fit into the record goes to a chunk before it."""
+        tail, spans = records.take_results(guard.job, guard.fresh, records.TAIL_BYTES)
+        if guard.full or records.covers(spans, guard.fresh):
+            return self._write_record(guard, tail, spans, now_ms)
+        data, spans = records.take_results(guard.job, guard.fresh, records.CHUNK_BYTES)
         if not spans or not guard.room:
             return self._too_large(guard, now_ms)
 
@@ -273,7 +277,7 @@ class Keeper(Takeover):
                 return self._wait(guard, now_ms)
             guard.written += 1
             guard.chunked = records.merge_runs(guard.chunked, spans)
-            guard.fresh = _without(guard.fresh, spans)
+            guard.fresh = records.without(guard.fresh, spans)
             return self._step(guard, now_ms)
 
         key = records.chunk_key(guard.job.job, guard.generation, guard.written)
@@ -292,18 +296,20 @@ class Keeper(Takeover):
             return self._owner.end(guard.job, "failed", now_ms)
         return self._step(guard, now_ms)
 
-    def _write_record(self, guard: Guard, now_ms: float) -> list[Effect]:
+    def _write_record(
+        self, guard: Guard, tail: bytes, spans: list[Run], now_ms: float
+    ) -> list[Effect]:
         job, owner = guard.job, self._owner
         guard.seq += 1
         results = None
         if guard.over and job.state == "done":
             done = tuple(result for result in job.results if result is not None)
             results = done if outcome.nbytes(done) < records.RESULTS_BYTES_MAX else None
-        saving, over = list(guard.chunked), guard.over
+        saving, over = records.merge_runs(guard.chunked, spans), guard.over
         record = JobRecord(
             job.job, owner.me, self._boot, guard.generation, guard.seq, job.state, job.detach,
             job.client, max(0.0, (job.ended_ms or now_ms) - job.started_ms), guard.chunks,
-            job.retries, job.fault, results,
+            job.retries, job.fault, results, tail,
         )  # fmt: skip
 
         def written(answer: Answer, now_ms: float) -> list[Effect]:
@@ -320,7 +326,6 @@ class Keeper(Takeover):
         guard.claimed, guard.version = True, version
         guard.told = guard.told or over
         guard.saved = records.merge_runs(guard.saved, saving)
-        guard.chunked = _without(guard.chunked, saving)
         if not guard.job.spec.effects and not guard.over:
             guard.due_ms = now_ms + KEEP_MS
         return self._step(guard, now_ms)
@@ -426,19 +431,3 @@ class Keeper(Takeover):
 
         data = records.encode(records.Owned(tuple(wanted)))
         return [self._ask(records.owned_key(self._owner.me), Put(data), written)]
-
-
-def _without(runs: list[Run], gone: list[Run]) -> list[Run]:
-    """What of `runs` is not in `gone`; both sorted, without overlaps of their own."""
-    left: list[Run] = []
-    for first, last in runs:
-        at = first
-        for low, high in gone:
-            if high <= at or low >= last:
-                continue
-            if low > at:
-                left.append((at, low))
-            at = high
-        if at < last:
-            left.append((at, last))
-    return left

@@ -3,7 +3,8 @@
 A job has one small register, `jobs/<job>`, that is changed by compare-and-swap alone: whoever
 changed it last owns the job (a claim raises `generation`). What is large lies in chunks beside it,
 `jobs/<job>/<generation>.<number>`, each written once, by the owner of that generation, before the
-register tells of it: first the head (spec, program, arguments) in pieces, then results of blocks.
+register tells of it: first the head (spec, program, arguments) in pieces, then results of blocks,
+of which the latest are in the register itself.
 `owners/<kid>` lists the jobs that a node keeps so, for whoever looks after them when it is dead.
 Bounds: CHUNKS_MAX chunks of CHUNK_BYTES, so a job of 3.8 MB with its results; a larger one is not
 kept (its head) or not kept further (its results).
@@ -34,6 +35,7 @@ from manifold.vm.kid import Kid, kid_of
 
 CHUNK_BYTES = 60_000  # a register holds 64 KiB
 CHUNKS_MAX = 64
+TAIL_BYTES = 12_000  # of results in the register: more are put in a chunk first
 RESULTS_BYTES_MAX = 32_000  # of a job that has ended, within its register
 OWNED_MAX = 2500  # jobs that one node keeps at a time: 20 B each in one register
 
@@ -57,6 +59,7 @@ class JobRecord(msgspec.Struct, frozen=True, array_like=True):
     retries: Number = 0
     fault: Fault | None = None
     results: _Results | None = None  # of a job that has ended, where they are small
+    tail: bytes = b""  # an encoded chunk: the results that are in no other
 
 
 class Head(msgspec.Struct, frozen=True, array_like=True):
@@ -109,16 +112,15 @@ def head_pieces(job: Job) -> list[bytes]:
     return pieces if len(pieces) < CHUNKS_MAX else []
 
 
-def take_results(job: Job, fresh: list[Run]) -> tuple[bytes, list[Run]]:
-    """An encoded chunk of the first of the `fresh` blocks that fit, and which those are.
+def take_results(job: Job, fresh: Sequence[Run], most: int) -> tuple[bytes, list[Run]]:
+    """An encoded chunk of the first of the `fresh` blocks that fit in `most` bytes, and which.
 
-    They are removed from `fresh`. Empty where not even the first fits.
+    Nothing where not even the first fits.
     """
     taken: list[tuple[int, tuple[Result, ...]]] = []
     spans: list[Run] = []
-    left = CHUNK_BYTES
-    while fresh and left > 0:
-        first, last = fresh[0]
+    left = most
+    for first, last in fresh:
         results: list[Result] = []
         for block in range(first, last):
             result = job.results[block]
@@ -130,15 +132,15 @@ def take_results(job: Job, fresh: list[Run]) -> tuple[bytes, list[Run]]:
         if results:
             taken.append((first, tuple(results)))
             spans.append((first, first + len(results)))
-        if first + len(results) == last:
-            fresh.pop(0)
-        else:
-            fresh[0] = (first + len(results), last)
+        if left < 0:
             break
     data = encode(Chunk(b"", tuple(taken))) if taken else b""
-    if len(data) > 65_000:  # the estimate was off: one block of it is too large as well
-        return b"", []
-    return data, spans
+    return (data, spans) if len(data) <= CHUNK_BYTES else (b"", [])
+
+
+def covers(spans: Sequence[Run], runs: Sequence[Run]) -> bool:
+    """Whether every block of `runs` is in `spans`; both sorted and merged."""
+    return all(any(low <= first and last <= high for low, high in spans) for first, last in runs)
 
 
 def merge_runs(runs: Sequence[Run], more: Iterable[Run]) -> list[Run]:
@@ -150,6 +152,22 @@ def merge_runs(runs: Sequence[Run], more: Iterable[Run]) -> list[Run]:
         else:
             merged.append((first, last))
     return merged
+
+
+def without(runs: Sequence[Run], gone: Sequence[Run]) -> list[Run]:
+    """What of `runs` is not in `gone`; both sorted, without overlaps of their own."""
+    left: list[Run] = []
+    for first, last in runs:
+        at = first
+        for low, high in gone:
+            if high <= at or low >= last:
+                continue
+            if low > at:
+                left.append((at, low))
+            at = high
+        if at < last:
+            left.append((at, last))
+    return left
 
 
 def positions(spec: JobSpec, runs: Sequence[Run], most: int) -> tuple[tuple[int, int], ...]:
@@ -168,7 +186,8 @@ class Damaged(ValueError):
 def restore(record: JobRecord, chunks: Sequence[bytes], now_ms: float) -> tuple[Job, list[Run]]:
     """The job as it was kept, nothing of it assigned, and the blocks whose results were kept."""
     try:
-        parts = [decode_chunk(data) for data in chunks]
+        every = [*chunks, record.tail] if record.tail else chunks
+        parts = [decode_chunk(data) for data in every]
         head = _decode_head(b"".join(part.head for part in parts))
     except msgspec.MsgspecError as error:
         raise Damaged(str(error)) from error

@@ -51,8 +51,8 @@ class Guard:
     claimed: bool = False
     head: list[bytes] = field(default_factory=list)  # pieces to write
     fresh: list[Run] = field(default_factory=list)  # counted, not in a chunk
-    chunked: list[Run] = field(default_factory=list)  # in a chunk, not in the record
-    saved: list[Run] = field(default_factory=list)  # in the record
+    chunked: list[Run] = field(default_factory=list)  # in a chunk of this owner
+    saved: list[Run] = field(default_factory=list)  # what the record tells of
     admit: list[str] = field(default_factory=list)  # globals that do not know the job yet
     begun: bool = False
     completing: bool = False
