@@ -4,7 +4,8 @@ Interface rules: one `Machine` for the driver (`node.py`) and for the simulator 
 a list of effects out. Messages a subsystem sends to its own node never leave it: they are
 delivered here, in order, or by the driver where they wait for a `Persist`. What membership notices
 is passed to the others here, and so is what they `Ask` of Nexus and what it answers.
-Invariants: H1 of all timers that subsystems ask for, the earliest is the one asked of the driver;
+Invariants: H1 of all timers that subsystems ask for, the earliest is the one asked of the driver,
+and no other is asked before it has come: a call that finds nothing due costs less than a new timer;
 H2 a `Persist` holds back only what its own subsystem put after it in the same event, as a `Held`,
 and no timer: an `AbortRun` that follows from news would else come after what later events ask for.
 """
@@ -36,11 +37,17 @@ from manifold.kernel.scheduler.globalcalls import GlobalCalls
 from manifold.kernel.scheduler.protocol import Request, Scheduler
 from manifold.vm.kid import Kid
 
-_MEMBERSHIP = get_args(membership_messages.Message)
-_SCHEDULER = get_args(scheduler_messages.Message)
-_NEXUS = get_args(nexus_messages.Message)
-REQUESTS: tuple[type, ...] = get_args(Request)
-NEXUS_REQUESTS: tuple[type, ...] = get_args(nexus_messages.Request)
+_SUBSYSTEM: dict[type, str] = {
+    kind: name
+    for name, union in (
+        ("membership", membership_messages.Message),
+        ("scheduler", scheduler_messages.Message),
+        ("nexus", nexus_messages.Message),
+    )
+    for kind in get_args(union)
+}
+REQUESTS: frozenset[type] = frozenset(get_args(Request))
+NEXUS_REQUESTS: frozenset[type] = frozenset(get_args(nexus_messages.Request))
 DELIVERIES_MAX = 100_000  # of one event to ourselves: more than that is a loop, a bug of ours
 _NOTHING: Mapping[str, bytes] = MappingProxyType({})
 
@@ -84,6 +91,7 @@ class Core:
             "globals": self.globals.tick,
         }
         self._due = dict.fromkeys(self._ticks, float("inf"))
+        self._armed_ms = float("inf")  # the driver will call then
 
     # The simulator's mutants put another scheduler's parts in: so both are looked up each time.
 
@@ -110,13 +118,15 @@ class Core:
         return self._close(name, effects, now_ms)
 
     def _route(self, source: Kid, message: Any, now_ms: float) -> tuple[str, list[Effect]]:
-        if isinstance(message, _MEMBERSHIP):
-            return "membership", self.membership.receive(source, message, now_ms)
-        if isinstance(message, _SCHEDULER):
-            return "scheduler", self.scheduler.receive(source, message, now_ms)
-        if isinstance(message, _NEXUS):
-            return "nexus", self.nexus.receive(source, message, now_ms)
-        return "scheduler", []
+        match _SUBSYSTEM.get(type(message)):
+            case "nexus":
+                return "nexus", self.nexus.receive(source, message, now_ms)
+            case "scheduler":
+                return "scheduler", self.scheduler.receive(source, message, now_ms)
+            case "membership":
+                return "membership", self.membership.receive(source, message, now_ms)
+            case _:
+                return "scheduler", []
 
     def request(
         self, client: str, message: Request, now_ms: float
@@ -132,6 +142,7 @@ class Core:
 
     def tick(self, now_ms: float) -> list[Effect]:
         lists: list[tuple[str, list[Effect]]] = []
+        self._armed_ms = float("inf")
         for name, tick in self._ticks.items():
             if now_ms >= self._due[name]:
                 self._due[name] = float("inf")
@@ -216,7 +227,8 @@ class Core:
                 self._voters_known = True
                 queue.append(("scheduler", self.scheduler.nexus_known(now_ms)))
         due_ms = min(self._due.values())
-        if due_ms != float("inf"):
+        if due_ms < self._armed_ms:
+            self._armed_ms = due_ms
             outward.append(SetTimer(due_ms))  # H1
         return outward
 

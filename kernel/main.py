@@ -22,6 +22,7 @@ from manifold.kernel.logbook import Logbook
 from manifold.kernel.node import NodeSpec, serve
 
 GC_THRESHOLD = 20_000  # objects; Python's 700 would collect several times in a short task
+SWITCH_S = 0.0005  # a thread that comes back from a sync is not to wait for the loop's 5 ms
 _spec_decoder = msgspec.msgpack.Decoder(NodeSpec)  # made once, in the zygote
 
 
@@ -29,6 +30,7 @@ def boot(payload: bytes, fds: list[int], liveness_fd: int) -> None:
     """Become the node that `payload` describes; `fds` is the channel to the supervisor."""
     spec = _spec_decoder.decode(payload)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # before the loop is up: just end
+    sys.setswitchinterval(SWITCH_S)
     gc.set_threshold(GC_THRESHOLD)  # what was imported is frozen; the rest makes few cycles
     logbook = open_log(spec)  # what happens from here on is on record
     control = socket.socket(fileno=fds[0])  # the supervisor's commands

@@ -255,9 +255,9 @@ class Node:
             self.spec.alias,
         ):
             self.run(self.calls.relay(incoming))
-        elif isinstance(body, REQUESTS) and incoming.request:
+        elif (kind := type(body)) in REQUESTS and incoming.request:
             self._requested(incoming)
-        elif isinstance(body, NEXUS_REQUESTS):
+        elif kind in NEXUS_REQUESTS:
             self.consulting.serve(incoming)
         elif self.calls.serves(body):
             self.calls.serve(incoming)

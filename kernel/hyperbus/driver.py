@@ -121,6 +121,7 @@ class Bus:
         self._peers: OrderedDict[str, _Peer] = OrderedDict()
         self._dirty: dict[tuple[str, Plane], None] = {}
         self._flush_wanted = False
+        self._encoded: tuple[Any, Any] = (None, None)
         self._requests: dict[int, tuple[asyncio.Future[Any], asyncio.TimerHandle, str]] = {}
         self._next_request = 1
         self._reassembly = Reassembly()
@@ -218,8 +219,15 @@ class Bus:
             raise Unavailable("The bus is closed.")
         if not self.knows(to):
             raise Unavailable(f"No address of {to} is known.", "It may not have joined yet.")
-        envelope = Envelope(msgspec.Raw(b""), request, reply_to, deadline_ms, destination)
-        self._line(to, plane).outbox.put(encode_envelope(body, envelope))
+        if request or reply_to or destination:
+            envelope = Envelope(msgspec.Raw(b""), request, reply_to, deadline_ms, destination)
+            encoded = encode_envelope(body, envelope)
+        elif body is self._encoded[0]:  # the same for several peers: encoded once
+            encoded = self._encoded[1]
+        else:
+            encoded = encode_envelope(body, Envelope(msgspec.Raw(b""), 0, 0, deadline_ms, ""))
+            self._encoded = (body, encoded)
+        self._line(to, plane).outbox.put(encoded)
         self._dirty[(to, plane)] = None
         if not self._flush_wanted:
             self._flush_wanted = True

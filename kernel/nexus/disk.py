@@ -1,8 +1,10 @@
-"""Group commit: what Nexus persists becomes durable off the event loop, in the order asked for.
+"""Group commit: what Nexus persists becomes durable, in the order asked for.
 
 Interface: `recover(folder)` once, before the machine starts; then `write(held)` for each record,
 and `carry_out(effects)` is called with what was held once it is durable. What comes while a sync is
-under way goes with the next one; nothing waits for a timer. `failed(error)` is called once, when
+under way goes with the next one; nothing waits for a timer. While the disk syncs in well under a
+millisecond that is done in the loop: handing it to a thread and back costs as much again. From the
+first slow one on it is done in a thread, for a while. `failed(error)` is called once, when
 the disk refused: from then on nothing is written and nothing is carried out any more (S2 of
 storage.py). The folder is made by the first write: a node that never votes has none.
 Invariants: D1 an effect is carried out only when its record, and each earlier record of the same
@@ -15,6 +17,7 @@ import asyncio
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
@@ -35,6 +38,8 @@ PREFIX = "x."  # of the names of records that are kept here
 
 # A batch is written whole; of larger ones the rest waits for the next. A record is under 100 kB.
 BATCH_BYTES = BATCH_BYTES_MAX // 2
+SLOW_S = 0.001  # a sync that the loop should not wait for
+FAST_IN_A_ROW = 64  # so many were faster than that: the loop does it itself
 
 
 def files(kind: str) -> Files:
@@ -91,6 +96,7 @@ class Commits:
         self._wake = False
         self._queue: SimpleQueue[list[Change] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._fast = 0  # syncs in a row
         self.stopped = ""
         self.batches = 0
 
@@ -125,6 +131,9 @@ class Commits:
             if size > BATCH_BYTES:
                 break
         self._running, self._waiting = self._waiting[:taken], self._waiting[taken:]
+        if self._fast >= FAST_IN_A_ROW or not changes:
+            self._done(*self._sync(list(changes.items())))
+            return
         if self._thread is None:
             self._thread = threading.Thread(target=self._append, name="nexus-disk", daemon=True)
             self._thread.start()
@@ -133,21 +142,27 @@ class Commits:
     def _append(self) -> None:
         """The thread: one batch after the other."""
         while (changes := self._queue.get()) is not None:
-            error: BaseException | None = None
+            error, took_s = self._sync(changes)
             try:
-                if self._storage is None:
-                    self._storage = storage.open(self._folder, self._files)
-                self._storage.append(changes)
-            except BaseException as fault:  # judged in `_done`, on the loop's thread
-                error = fault
-            try:
-                self._loop.call_soon_threadsafe(self._done, error)
+                self._loop.call_soon_threadsafe(self._done, error, took_s)
             except RuntimeError:  # the loop is closed: nobody waits any more
                 break
         if self._storage is not None:
             self._storage.close()
 
-    def _done(self, error: BaseException | None) -> None:
+    def _sync(self, changes: list[Change]) -> tuple[BaseException | None, float]:
+        """In whichever thread; what went wrong is judged in `_done`."""
+        begun_s = time.perf_counter()
+        try:
+            if changes:
+                if self._storage is None:
+                    self._storage = storage.open(self._folder, self._files)
+                self._storage.append(changes)
+        except BaseException as fault:
+            return fault, 0.0
+        return None, time.perf_counter() - begun_s
+
+    def _done(self, error: BaseException | None, took_s: float) -> None:
         if error is not None:
             self.stopped = str(error)
             self._waiting.clear()
@@ -156,8 +171,14 @@ class Commits:
             self._failed(error)
             return
         self.batches += 1
+        self._fast = self._fast + 1 if took_s < SLOW_S else 0
         done, self._running = self._running, []
-        self._start()  # what came meanwhile is synced while we answer
+        if self._waiting and not self._wake:  # what came meanwhile is synced while we answer
+            if self._fast >= FAST_IN_A_ROW:
+                self._wake = True
+                self._loop.call_soon(self._start)
+            else:
+                self._start()
         for held, _ in done:
             left = self._pending[held.persist.name] - 1
             if left:

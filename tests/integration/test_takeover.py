@@ -116,8 +116,8 @@ def test_the_jobs_of_a_cluster_that_lost_power_go_on_when_it_is_back(
     with Client(cluster.name, node="server-01", environ=cluster.environ) as client:
         future = client.job(SLOW, 0, 2000, reduce="sum", detach=True)
         until(lambda: client.status(future.job).done > 300, "it runs")
-    for alias in cluster.aliases:
-        cluster.kill(alias)
+    killed = {alias: cluster.kill(alias) for alias in cluster.aliases}
+    until(lambda: all(cluster.pid(a) not in (0, pid) for a, pid in killed.items()), "they restart")
     cluster.wait_converged()
 
     def ended() -> bool:
