@@ -2,8 +2,8 @@
 
 Interface rules: `serve` takes a request of a client, `answered` what Nexus replies to its handle:
 an operation once, a watch again and again, the first time as the answer to the request and from
-then on by pushes. A client that is gone is answered no more, and its watches end. Bounds: WAITING_MAX
-requests of all clients; Nexus bounds operations and watches itself.
+then on by pushes. A client that is gone is answered no more, and its watches end.
+Bounds: WAITING_MAX requests of all clients; Nexus bounds operations and watches itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The pure part of a node: membership, geode, scheduler and Nexus put together.
+"""The pure part of a node: membership, geode, scheduler, Nexus and registry put together.
 
 Interface rules: one `Machine` for the driver (`node.py`) and for the simulator alike: an event in,
 a list of effects out. Messages a subsystem sends to its own node never leave it: they are
@@ -29,9 +29,13 @@ from manifold.kernel.membership.messages import Me, MemberChanged, State
 from manifold.kernel.membership.protocol import Membership
 from manifold.kernel.nexus import messages as nexus_messages
 from manifold.kernel.nexus.ask import Ask
+from manifold.kernel.nexus.leases import LeaseLost
 from manifold.kernel.nexus.messages import Changed, Unwatch
 from manifold.kernel.nexus.protocol import Nexus
+from manifold.kernel.nexus.rejoin import Rejoin, Step
 from manifold.kernel.process.messages import Fault, GlobalCall, Result
+from manifold.kernel.registry.messages import REGISTRAR_KEY
+from manifold.kernel.registry.protocol import Registry
 from manifold.kernel.scheduler import messages as scheduler_messages
 from manifold.kernel.scheduler.globalcalls import GlobalCalls
 from manifold.kernel.scheduler.protocol import Request, Scheduler
@@ -53,7 +57,11 @@ _NOTHING: Mapping[str, bytes] = MappingProxyType({})
 
 
 class Core:
-    """See the module. `durable`: the records of Nexus that were persisted before, by name."""
+    """See the module.
+
+    `durable`: the records of Nexus that were persisted before, by name. `rejoin`: how far this node
+    is with joining the voters anew, "" where it has not lost its disk.
+    """
 
     def __init__(
         self,
@@ -65,6 +73,7 @@ class Core:
         seeds: Sequence[str],
         known: Sequence[membership_messages.Update] = (),
         durable: Mapping[str, bytes] = _NOTHING,
+        rejoin: Step = "",
     ) -> None:
         self.me = me
         self.membership = Membership(
@@ -79,16 +88,22 @@ class Core:
         self._asked: dict[int, tuple[str, Ask]] = {}  # what subsystems wait for, by handle
         self._handle = 0
         self.globals = GlobalCalls(me.kid, me.boot, self.scheduler.runner)
+        self.rejoin = Rejoin(me.kid, self.nexus, rejoin)
+        self.registry = Registry(me, Random(random.getrandbits(64)))
         self._voters_known = False
         self._askers: dict[str, Callable[[int, Any, float], list[Effect]]] = {
             "scheduler": self._to_scheduler,
             "globals": self.globals.answered,
+            "registry": self.registry.answered,
+            "rejoin": self.rejoin.answered,
         }
         self._ticks = {
             "membership": self.membership.tick,
             "scheduler": self._tick_scheduler,
             "nexus": self.nexus.tick,
             "globals": self.globals.tick,
+            "registry": self.registry.tick,
+            "rejoin": self.rejoin.tick,
         }
         self._due = dict.fromkeys(self._ticks, float("inf"))
         self._armed_ms = float("inf")  # the driver will call then
@@ -110,6 +125,7 @@ class Core:
         begun = [
             ("membership", self.membership.start(now_ms)),
             ("nexus", self.nexus.start(now_ms)),
+            ("registry", self.registry.start(now_ms)),
         ]
         return self._deliver(begun, now_ms)
 
@@ -157,7 +173,11 @@ class Core:
         self.membership.loop_lag(lag_ms, now_ms)
 
     def leave(self, now_ms: float) -> list[Effect]:
-        return self._close("membership", self.membership.leave(now_ms), now_ms)
+        left = [
+            ("registry", self.registry.leave(now_ms)),
+            ("membership", self.membership.leave(now_ms)),
+        ]
+        return self._deliver(left, now_ms)
 
     def run_blocks(
         self,
@@ -226,6 +246,8 @@ class Core:
             if not self._voters_known and self.nexus.config is not None:
                 self._voters_known = True
                 queue.append(("scheduler", self.scheduler.nexus_known(now_ms)))
+                queue.append(("registry", self.registry.nexus_known(now_ms)))
+                queue.append(("rejoin", self.rejoin.nexus_known(now_ms)))
         due_ms = min(self._due.values())
         if due_ms < self._armed_ms:
             self._armed_ms = due_ms
@@ -242,8 +264,12 @@ class Core:
             case Send(to=to, message=message) if to == self.me.kid:
                 queue.append(self._route(self.me.kid, message, now_ms))
             case Notify(event=MemberChanged() as change):
+                queue.append(("registry", self.registry.member_changed(change, now_ms)))
                 queue.extend(self._changed(change, now_ms))
                 return False
+            case Notify(event=LeaseLost(key=key, fence=fence)):
+                if key == REGISTRAR_KEY:
+                    queue.append(("registry", self.registry.lease_lost(fence, now_ms)))
             case Notify(event=Ask() as ask):
                 queue.append(("nexus", self._ask(owner, ask, now_ms)))
             case Reply(request=handle, message=message) if handle < 0:

@@ -51,6 +51,7 @@ from manifold.kernel.messages import (
     Stop,
 )
 from manifold.kernel.nexus import disk
+from manifold.kernel.nexus.rejoin import RejoinStep
 from manifold.kernel.process.channel import Channel, Closed
 from manifold.kernel.process.messages import (
     Calls,
@@ -64,6 +65,7 @@ from manifold.kernel.process.messages import (
 from manifold.kernel.process.pool import Pool
 from manifold.kernel.process.remains import answers
 from manifold.kernel.process.taskpool import TaskPool
+from manifold.kernel.registry.messages import AliasTaken, RingChanged
 from manifold.kernel.scheduler import blocks
 from manifold.kernel.scheduler.globalcalls import GlobalAnswer
 from manifold.kernel.scheduler.messages import (
@@ -138,6 +140,7 @@ class Node:
         self.core = Core(
             self._me(), spec.config, Random(SystemRandom().getrandbits(64)),
             incarnation=incarnation, seeds=spec.seeds, durable=dict(records),
+            rejoin=disk.load_step(folder / disk.FOLDER),
         )  # fmt: skip
         self.bus = Bus(
             self.identity.kid, self.boot, spec.config.cluster, DECODER, self._arrived,
@@ -411,6 +414,13 @@ class Node:
                     member.boot, before, member.state.name.lower(),
                 )  # fmt: skip
                 self._tell_alive()
+            case AliasTaken(alias=alias, kid=kid):
+                log.warning("the alias %s belongs to %s; this node goes by its KID", alias, kid)
+            case RejoinStep(step=step, why=why):
+                log.warning("nexus: %s", why)
+                disk.save_step(Path(self.spec.state_dir) / disk.FOLDER, step)
+            case RingChanged(epoch=epoch, joined=joined, left=left):
+                log.info("epoch %d: %d joined, %d left the ring", epoch, len(joined), len(left))
             case JobEvent():
                 if not self._job_events:
                     self.loop.call_later(JOB_LOG_S, self._log_jobs)

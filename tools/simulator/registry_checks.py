@@ -1,7 +1,8 @@
 """What is judged of the registry from outside: what was chosen, what each node shows and believes.
 
-Interface: `Judge(world, observer, timing, beliefs)`; `look()` as often as possible, `judge()` at
-the end; what is wrong is told to the observer. Registers are decoded here anew, as plain lists.
+Interface: `Judge(world, observer, timing, beliefs)`; `writes` when a ring is to be written, `look`
+as often as possible, `judge` at the end; what is wrong is told to the observer. Registers are
+decoded here anew, as plain lists.
   K1  the epoch that a process shows only grows;
   K2  nodes that show one epoch show one ring, and it is the one that was chosen;
   K3  chosen rings are a chain: each version has the epoch after the one before, fences do not go
@@ -20,15 +21,13 @@ from typing import Any
 
 import msgspec
 
-from manifold.kernel.effects import Send
-from manifold.kernel.nexus.messages import Accept
 from manifold.kernel.nexus.values import Value
 from manifold.kernel.registry.messages import ALIASES_KEY, KID_BYTES, RINGS_KEY, Timing
 from manifold.tools.simulator.nexus_checks import Observer
 from manifold.tools.simulator.world import Node, World
 
 CLOCK_PART = 0.8  # clocks run a tenth too slow or too fast, and beliefs are looked at in steps
-RECENT_MS = 400.0  # a belief that ended so long ago may still be what a write was made from
+RECENT_MS = 50.0  # a belief that ended so short ago may still be what a write was made from
 
 
 @dataclass(slots=True)
@@ -70,7 +69,6 @@ class Judge:
         self._shown: dict[tuple[int, int], int] = {}
         self._rings: dict[int, Any] = {}
         self._gone: dict[bytes, dict[bytes, float]] = {}  # of what is written: K5's figures
-        world.on_send.append(self._sent)
 
     def fail(self, what: str) -> None:
         self._observer.fail(what)
@@ -83,21 +81,13 @@ class Judge:
                 registrars += node.machine.registry.registrar
         self.twice += registrars > 1
 
-    def _sent(self, node: Node, send: Send) -> None:
-        """Keep what the registrar believes when its ring is first proposed; it may die of it."""
-        message = send.message
-        if not isinstance(message, Accept) or message.key != RINGS_KEY:
-            return
-        data = message.value.data
-        if isinstance(data, bytes) and data not in self._gone:
-            writer = self._world.node(_rings(message.value)[1][1])
-            self._gone[data] = {
-                bytes.fromhex(self._world.nodes[subject].kid[2:]): belief.longest_ms(
-                    self._world.now_ms
-                )
-                for (viewer, subject), belief in self._beliefs.items()
-                if viewer == writer.index
-            }
+    def writes(self, writer: int, data: bytes) -> None:
+        """Keep what the registrar believes when it asks for its write; it may die of it."""
+        self._gone[data] = {
+            bytes.fromhex(self._world.nodes[subject].kid[2:]): belief.longest_ms(self._world.now_ms)
+            for (viewer, subject), belief in self._beliefs.items()
+            if viewer == writer
+        }
 
     def _look_at(self, node: Node) -> None:
         registry = node.machine.registry
