@@ -2,8 +2,8 @@
 
     python examples/counter.py           prints 1000 indices, 1000 in the counter
 
-`manifold.globals` is the same in a kernel, wherever it runs, as in this program. An index that is run
-again, because its node died, does not count again: each of its writes takes place once.
+`manifold.globals` is the same in a kernel, wherever it runs, as in this program. An index that is
+run again, because its node died, does not count again: each of its writes takes place once.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ to clients are `Answer`, `Changed`, `Listing` and `NexusInfo`. A message concern
 puts what leaves at one time into one frame, and the disk syncs what arrives during a sync with the
 next one.
 Bounds: a key has at most 256 characters, a value 165 KiB (values.py); so a message is under 170 kB,
-a part of a frame of the bus.
+a part of a frame of the bus. What others need of values.py they take from here.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ from msgspec import Meta
 from manifold.kernel.nexus.ballots import COUNTER_MAX, ZERO, Ballot
 from manifold.kernel.nexus.configs import VOTERS_MAX, Config, Epoch, KidText
 from manifold.kernel.nexus.values import (
+    COUNTED,
+    FENCED,
+    FULL,
+    MISMATCH,
+    OVERFLOW,
     Add,
     Admit,
     CasValue,
@@ -29,12 +34,34 @@ from manifold.kernel.nexus.values import (
     Effect,
     Get,
     Holder,
+    Lease,
     OpId,
+    Propose,
     Put,
     Status,
     Ttl,
     Value,
 )
+
+__all__ = [  # what others need of values.py; the rest of this module is theirs anyway
+    "COUNTED",
+    "FENCED",
+    "FULL",
+    "MISMATCH",
+    "OVERFLOW",
+    "Add",
+    "Admit",
+    "CasValue",
+    "CasVersion",
+    "Datum",
+    "Delete",
+    "Dismiss",
+    "Effect",
+    "Get",
+    "Lease",
+    "Propose",
+    "Put",
+]
 
 SHARDS = 16  # floors per voter; a collapse raises one, which makes new keys of a 16th start higher
 LIST_KEYS = 512  # at most what one page of every voter holds

@@ -337,7 +337,8 @@ class Registry:
         found = plan.steps(rings, aliases, self.view, self._forgetting, self.timing)
         at_ms = plan.when(found, now_ms, self.timing)
         if found:  # there is a timer as long as somebody waits: it shows that we were stopped
-            self._soon(now_ms + STRIDE_PART * self.timing.retire_ms)
+            stride_ms = max(self.timing.look_ms, STRIDE_PART * self.timing.retire_ms)
+            self._soon(now_ms + stride_ms)
         if at_ms > now_ms:
             self._overdue_ms = None
             if found:

@@ -84,6 +84,9 @@ class GlobalCalls:
             if now_ms - asked.since_ms < UNAVAILABLE_MS:
                 self._later.append((now_ms + RETRY_MS, asked))
                 return [SetTimer(self._later[0][0])]
+            if answer.status == "busy":
+                why = f"Too many writes of {asked.call.name} wait until their blocks are counted."
+                return _fault(asked, "busy", why, "Write it less often within an index.")
             missing = ", ".join(kid[:10] for kid in answer.missing) or "not known"
             why = f"The global {asked.call.name} cannot be reached; missing voters: {missing}."
             return _fault(asked, "unavailable", why, "`manifold nexus status` lists the voters.")

@@ -86,6 +86,11 @@ class Keeper(Takeover):
             return 0.0
         return self._retained[0][0] if self._retained and self._known else float("inf")
 
+    def waits(self, job: str) -> bool:
+        """Whether it is not begun yet: it is looked for, or not recorded."""
+        guard = self.guards.get(job)
+        return job in self._waiting or (guard is not None and not guard.begun)
+
     # -- what the owner says --------------------------------------------------------------------
 
     def begin(self, job: Job, again: bool, now_ms: float) -> list[Effect]:
@@ -354,15 +359,30 @@ class Keeper(Takeover):
                 return self._wait(guard, now_ms)
             if guard.claimed:
                 return self._owner.lose(guard.job, now_ms)  # K1
-            job = guard.job
-            self._forget(guard)
-            self._waiting[job.job] = (job, float("inf"))
-            return self._found(found, answer.version, now_ms)  # K3
+            return self._known_already(guard, found, answer.version, now_ms)
 
         def look() -> list[Effect]:
             return self._do(guard, records.job_key(record.job), Get(), read)
 
         return look()
+
+    def _known_already(
+        self, guard: Guard, found: JobRecord, version: int, now_ms: float
+    ) -> list[Effect]:
+        """A job that was submitted to us has a record of another owner."""
+        job = guard.job
+        if not guard.begun:
+            self._forget(guard)
+            self._waiting[job.job] = (job, float("inf"))
+            return self._found(found, version, now_ms)  # K3
+        if found.state != "running":
+            self._forget(guard)
+            return self._owner.ended_elsewhere(job, found, now_ms)
+        if found.owner != self._owner.me and found.owner in self._owner.geode.nodes():
+            return self._owner.lose(job, now_ms)
+        guard.version, guard.generation = version, found.generation + 1
+        guard.head, guard.written = records.head_pieces(job), 0  # over the dead one's, with ours
+        return self._step(guard, now_ms)
 
     def _admit(self, guard: Guard) -> list[Effect]:
         """The globals are to take effects of this job; it may be said again by anybody."""

@@ -193,17 +193,19 @@ class Owner(Planner):
     def ended_elsewhere(self, job: Job, record: JobRecord, now_ms: float) -> list[Effect]:
         """It was submitted again, and has ended already."""
         if record.state == "done" and record.results is None and not job.spec.effects:
-            return self.begin(job, now_ms)  # its results are gone with their owner
+            job.kept = False  # its results are gone with their owner: it is done again
+            return [] if job.shards else self.begin(job, now_ms)
+        effects = self._abandon(job, now_ms)
         job.fault = record.fault
         if record.state == "done" and record.results is None:
             job.fault = Fault(
                 "exhausted", "The job is done; its results are gone with the node that owned it.",
                 "Its effects on globals are there; reduce the results next time.",
             )  # fmt: skip
-            return self.end(job, "failed", now_ms)
+            return [*effects, *self.end(job, "failed", now_ms)]
         job.results = list(record.results or ())
         job.done = blocks.total(job.spec) if record.state == "done" else 0
-        return self._over(job, record.state, now_ms)
+        return [*effects, *self._over(job, record.state, now_ms)]
 
     def damaged(self, record: JobRecord, job: Job | None, why: str, now_ms: float) -> list[Effect]:
         """What was kept of it makes no job: whoever asks for it hears that."""

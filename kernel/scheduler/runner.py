@@ -263,6 +263,11 @@ class Runner:
         return [self._shrunk(held, message.last)]
 
     def _acknowledged(self, owner: Kid, message: ReportAck, now_ms: float) -> list[Effect]:
+        if message.settled:
+            self._settled.pop(message.job, None)
+            self._settled[message.job] = message.settled
+            if len(self._settled) > SETTLED_JOBS_MAX:
+                self._settled.popitem(last=False)
         held = self._current(owner, message)
         if held is None:
             return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import secrets
 import shlex
 import struct
@@ -107,6 +108,18 @@ def test_primes_are_the_primes(cluster: TestCluster) -> None:
     found = client.parallel_for(ROOT / "examples" / "primes.ent", 0, 3000)
     flags = [n for n, value in enumerate(found) if value]
     assert flags == [n for n in range(3000) if n > 1 and all(n % d for d in range(2, n))]
+
+
+@pytest.mark.parametrize("name", ["counter.ent", "counter.py"])
+def test_a_counter_holds_exactly_what_was_counted(cluster: TestCluster, name: str) -> None:
+    cluster.client().globals["counter"] = 5
+    if name.endswith(".py"):
+        count = runpy.run_path(str(ROOT / "examples" / name))["count"]
+        assert cluster.client().parallel_for(count, 0, 300, reduce="count") == 300
+    else:
+        done = manifold(cluster, f"run examples/{name} --range 0:300 --reduce sum --json")
+        assert json.loads(done.stdout)["result"] >= 300, done.stdout + done.stderr
+    assert cluster.client().globals["counter"] == 305
 
 
 # -- programs in Python ---------------------------------------------------------------------------

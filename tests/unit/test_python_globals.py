@@ -221,6 +221,7 @@ def test_an_overflow_is_what_the_registers_make_of_it_but_a_negated_least_int_is
         ("y = g.a\ng.a = 0.5\nreturn y", "f64"),
         ("y = g.a\nz = y\nwhile z > 1.0:\n    z = z - x\n    g.a = z\nreturn y", "f64"),
         ("g.a: float = x\nreturn 0", "f64"),
+        ("k = g.a\nfor i in range(3):\n    g.a = k\n    k = 0.5\nreturn k", "f64"),
         ("g.a = g.a * 0.5\nreturn 0", "f64"),
         ("g.a = g.a / 2\nreturn 0", "f64"),
         ("g.a += x\nreturn g.a", "f64"),

@@ -78,7 +78,8 @@ class Clients:
 
     def _submit(self, task: Task) -> None:
         task.submits += 1
-        self._ask(task, SubmitJob(task.job, task.spec, task.ir))
+        again = task.submits > 1
+        self._ask(task, SubmitJob(task.job, task.spec, task.ir, again=again))
 
     def _check(self, task: Task) -> None:
         if task.ended:
@@ -101,7 +102,9 @@ class Clients:
         network = self.world.network
         return not network.faulty or self.world.random.random() >= self.world.faults.drop
 
-    def _arrived(self, task: Task, token: int, home: int, message: Any) -> None:
+    def _arrived(
+        self, task: Task, token: int, home: int, message: Any, *, relayed: bool = False
+    ) -> None:
         node = self.world.nodes[home]
         if not node.up:
             return
@@ -113,11 +116,27 @@ class Clients:
                 answer, effects = core.request(task.client, message, now_ms)
             except ManifoldError as error:
                 answer = error
+                owner = self._owner(task.job) if error.code == "not_found" else None
+                if owner is not None and not relayed:  # the node asks all the others
+                    there = owner.index
+                    self.world.at(
+                        LINK_MS, lambda: self._arrived(task, token, there, message, relayed=True)
+                    )
+                    return []
             if self._passes():
                 self.world.at(LINK_MS, self._answered, task, token, message, answer)
             return effects
 
         self.world.call(node, serve)
+
+    def _owner(self, job: str) -> Node | None:
+        """Who would answer a question to all nodes."""
+        for node in self.world.nodes:
+            if node.up and self.world.now_ms >= node.paused_until_ms:
+                owner = node.machine.scheduler.owner
+                if job in owner.jobs or job in owner.shelf.jobs:
+                    return node
+        return None
 
     def _unanswered(self, task: Task, token: int, message: Any) -> None:
         if task.ended or token != task.token:

@@ -10,6 +10,7 @@ did to the ledgers:
      and computes nothing that it gave up;
   J4 ledgers balance after every event, and every bound holds;
   J5 a job that was killed, that trapped or that ran into its timeout ends as such, no other does;
+  J8 a job that was kept in Nexus goes on with another owner when its own is dead;
   J6 after healing every job ends, and then nothing of any is left: no run, attempt, live shard or
      gas in flight.
 """
@@ -29,6 +30,7 @@ from manifold.kernel.process.messages import Result
 from manifold.kernel.scheduler import blocks
 from manifold.kernel.scheduler import messages as scheduler_messages
 from manifold.kernel.scheduler.messages import (
+    JobEvent,
     JobSpec,
     Reduction,
 )
@@ -52,6 +54,7 @@ COMPUTE = {"sensor": 0.25, "board": 0.5, "server": 1.0, "accelerator": 0.6}  # o
 JOBS_PER_NODE, JOBS_MIN, JOBS_MAX = 1.5, 6, 40  # in one run; more show nothing new
 FIRST_JOB_MS = 1000.0  # the cluster has met by then, where nothing is wrong
 DURATION_MS, LARGE_DURATION_MS = 15_000.0, 8000.0
+VOTERS, VOTERS_MS, AGAIN_MS = 3, 600.0, 12_000.0  # of clusters that have so many nodes
 KILLED = 0.15  # of the jobs, while they run or after
 STRIKES_PER_MINUTE = 12.0  # of each kind, over the cluster: a worker lost, a node slowed down
 SLOW_FACTOR, SLOW_MS = 0.2, 3000.0
@@ -172,9 +175,14 @@ class Counted:
         self.failures = audit.failures
         self._audit = audit
         self.workers = workers
+        self.taken_over = 0
 
     def watch(self, world: World, faults: Faults) -> None:
         """The cores and the workers tell."""
+        world.on_notify.setdefault(JobEvent, []).append(self._happened)
+
+    def _happened(self, node: Node, event: JobEvent) -> None:
+        self.taken_over += event.what == "taken over"
 
     def settled(self, world: World, well: Sequence[Node]) -> str:
         self.failures += self.workers.failures
@@ -186,7 +194,7 @@ class Counted:
         again = workers.blocks_done - audit.counted
         return (
             f"{self.name}: {audit.counted} counted, {again} computed in vain, {audit.fenced} "
-            f"reports fenced, {workers.lost} workers lost"
+            f"reports fenced, {workers.lost} workers lost, {self.taken_over} jobs taken over"
         )
 
 
@@ -240,12 +248,24 @@ class Workload:
     spread_ms: float
 
     def begin(self, world: World) -> None:
+        world.at(VOTERS_MS, self._make_voters, world)
         for number in range(self.jobs):
             at_ms = FIRST_JOB_MS + self.spread_ms * world.random.random()
             world.at(at_ms, self._submit, world, number)
         if not world.faults.quiet:
             for strike in (self._lose_worker, self._slow_down):
                 self._plan(world, strike)
+
+    def _make_voters(self, world: World) -> None:
+        """As a supervisor does, until it has come about."""
+        kids = tuple(str(node.kid) for node in world.nodes[:VOTERS])
+        up = [node for node in world.nodes if node.up]
+        if len(kids) < VOTERS or any(node.machine.nexus.config is not None for node in up):
+            return
+        if up:
+            request = nexus_messages.Initialise(kids)
+            world.call(up[0], lambda core, now_ms: core.consult(1, request, now_ms))
+        world.at(AGAIN_MS, self._make_voters, world)
 
     def _submit(self, world: World, number: int) -> None:
         home = world.random.randrange(len(world.nodes))
@@ -337,6 +357,7 @@ def composite(
             incarnation=saved_incarnation(durable.get("incarnation")),
             seeds=roster.addresses[: membership.SEEDS],
             known=() if cold else warm,
+            durable={name: record for name, record in durable.items() if name.startswith("x.")},
         )
         made.audit = audit
         return made

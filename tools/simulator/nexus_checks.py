@@ -137,10 +137,14 @@ class Observer:
             self._joined[node.kid] = _voter_record.decode(saved).joined if saved else 0
         return node.kid, self._joined[node.kid]
 
-    def _remembers(self, node: Node, voter: Voter, key: str, accepted: Ballot) -> None:
+    def _remembers(
+        self, node: Node, voter: Voter, key: str, accepted: Ballot, floor: Ballot
+    ) -> None:
+        """What it tells counts as accepted: a crash may have kept it from saying so before."""
         last = self._accepted.get((voter, key), ZERO)
-        if accepted < last:
+        if max(accepted, floor) < last:
             self.fail(f"N2 node {node.index} forgot {key}: accepted {last}, tells of {accepted}")
+        self._accepted[(voter, key)] = max(last, accepted)
 
     def _promise(self, node: Node, message: Promise, to: str) -> None:
         asked = self._asked[(to, message.rid)]
@@ -150,7 +154,7 @@ class Observer:
         voter, key = self._voter(node, asked), asked.key
         if asked.ballot <= self._promised.get((voter, key), ZERO):
             self.fail(f"N2 node {node.index} promises {asked.ballot} of {key} after a higher one")
-        self._remembers(node, voter, key, max(message.accepted, message.floor))
+        self._remembers(node, voter, key, message.accepted, message.floor)
         self._promised[(voter, key)] = asked.ballot
         if self._durable(node, key)[0] < asked.ballot:
             self.fail(f"N3 node {node.index} promises {key} before it is durable")
@@ -158,7 +162,7 @@ class Observer:
     def _read(self, node: Node, message: ReadReply, to: str) -> None:
         asked = self._asked[(to, message.rid)]
         voter = self._voter(node, asked)
-        self._remembers(node, voter, asked.key, max(message.accepted, message.floor))
+        self._remembers(node, voter, asked.key, message.accepted, message.floor)
         if self._durable(node, asked.key)[1] < message.accepted:
             self.fail(f"N3 node {node.index} tells of {asked.key} before it is durable")
 
@@ -180,7 +184,10 @@ class Observer:
         votes = self._votes.setdefault((key, ballot), {})
         votes[node.kid] = None
         chosen = self.chosen.setdefault(key, {})
-        if ballot not in chosen and self.configs[asked.epoch].quorum(votes):
+        config = self.configs.get(asked.epoch)
+        if config is None:
+            self.fail(f"N6 node {node.index} answers of an epoch that nobody was asked to seal")
+        elif ballot not in chosen and config.quorum(votes):
             chosen[ballot] = asked.value
 
     def _seals(self, node: Node, message: Sealed, to: str) -> None:

@@ -129,7 +129,13 @@ def _longest(times: Sequence[float], begin_ms: float, end_ms: float) -> float:
 
 
 def failover(
-    seed: int, load: Load, victim: int, timing: Timing | None = None, pause: bool = False
+    seed: int,
+    load: Load,
+    victim: int,
+    timing: Timing | None = None,
+    *,
+    pause: bool = False,
+    news_ms: float = NEWS_MS,
 ) -> Gaps:
     """Kill (or stop, as by SIGSTOP) one node; `victim` below 3 votes."""
     harness = Load8(seed, load, timing or Timing(), victim)
@@ -139,10 +145,10 @@ def failover(
     world.run(WARM_MS + harness.random.random() * 20.0)
     node, died_ms = world.nodes[victim], world.now_ms
     if pause:
-        world.pause(node, NEWS_MS + AFTER_MS)
+        world.pause(node, news_ms + AFTER_MS)
     else:
         world.crash(node)
-    world.run(NEWS_MS)
+    world.run(news_ms)
     harness.down(node)
     world.run(AFTER_MS)
     assert not harness.observer.failures, harness.observer.failures
@@ -151,7 +157,7 @@ def failover(
     return Gaps(all_ms, one_ms, before_s, harness.rate(world.now_ms - AFTER_MS / 2, world.now_ms))
 
 
-def spikes(seed: int, load: Load, timing: Timing | None = None) -> float:
+def spikes(seed: int, load: Load, timing: Timing | None = None, *, for_ms: float = 3000.0) -> float:
     """Operations a second where each 250 ms all syncs of 5 ms take 30 ms."""
     harness = Load8(seed, load, timing or Timing())
     harness.begin()
@@ -167,7 +173,7 @@ def spikes(seed: int, load: Load, timing: Timing | None = None) -> float:
     world.at(100.0, change, slow, 5.0)
     world.run(WARM_MS)
     begun_ms = world.now_ms
-    world.run(3000.0)
+    world.run(for_ms)
     return harness.rate(begun_ms, world.now_ms)
 
 

@@ -102,7 +102,11 @@ class Audit:
             if fresh:
                 self.fail(f"J2 {name}: counted {len(fresh)} blocks of a fenced attempt")
             return
-        known = self._blocks.setdefault((*process, report.job), set())
+        known = self._blocks.get((*process, report.job))
+        if known is None:  # a job that was taken over begins with what was kept of it
+            every = {at for at, result in enumerate(job.results) if result is not None}
+            known = every.difference(fresh)
+            self._blocks[(*process, report.job)] = known
         if known.intersection(fresh):
             self.fail(f"J2 {name}: blocks {fresh} are counted already")
         said = range(report.first, report.first + len(report.results))
@@ -169,7 +173,7 @@ class Observed(Core):
         """J4."""
         owner, runner = self.scheduler.owner, self.scheduler.runner
         job = owner.jobs.get(name)
-        if job is not None:
+        if job is not None and not owner.keeper.waits(name):
             broken = job.broken()
             if broken:
                 self.audit.fail(f"J4 {name}: {broken}")

@@ -253,6 +253,7 @@ class Schedule(Harness):
         super().__init__(seed, Nexus, plan or drawn)
         self.beliefs: Beliefs = {}
         self.judge = Judge(self.world, self.observer, judged or timing, self.beliefs)
+        self.blind: dict[tuple[int, int], float] = {}  # who does not see whom, until when
         self._reached: dict[tuple[int, int], float] = {}
         self._patience: dict[tuple[int, int], float] = {}
         self._gone: dict[int, str] = {}  # who is down for its own reasons, and what was told
@@ -308,6 +309,7 @@ class Schedule(Harness):
         pair = (viewer.index, subject.index)
         broken = self.world.network._broken
         cut = broken(*pair, now_ms) or broken(subject.index, viewer.index, now_ms)
+        cut = cut or now_ms < self.blind.get(pair, 0.0)
         belief = self.beliefs[pair]
         if runs and not cut:
             self._reached[pair] = now_ms
@@ -394,6 +396,41 @@ class Schedule(Harness):
             kid = self.random.choice(down).kid
             self.judge.forgotten[to_bytes(kid)] = None
             self.world.call(self.random.choice(up), lambda host, now_ms: host.forget(kid, now_ms))
+
+
+CALM = Faults(drop=0.01, delay=(0.2, 2.0), sync=(0.2, 2.0), clock=0.05)
+BLIND_MS = 900.0
+
+
+class Duel(Schedule):
+    """Two registrars who believe different things, both of them in good health.
+
+    Nobody but the registrar reaches one of the nodes; so they want it out of the ring, and the
+    registrar does not. Then the clocks of the others jump, which ends its lease early: only the
+    fence tells it that somebody else writes now.
+    """
+
+    def __init__(self, seed: int, machine: Machine = Registry) -> None:
+        plan = Plan(6, 3, CALM, 2400.0, 0, 0, False, 0.0, ())
+        super().__init__(seed, machine, TIMING, plan, Names(False, False))
+        for begin_ms in (200.0, 1300.0):
+            self.world.at(begin_ms, self._begin)
+
+    def _begin(self) -> None:
+        nodes = self.world.nodes
+        holder = next((n for n in nodes if n.up and n.machine.registry.registrar), None)
+        if holder is None:
+            return
+        others = [node for node in nodes if node is not holder]
+        subject = self.random.choice(others)
+        for viewer in others:
+            self.blind[(viewer.index, subject.index)] = self.world.now_ms + BLIND_MS
+        for step in range(12):  # they contend from some 380 ms on
+            after_ms = 380.0 + 40.0 * step + 30.0 * self.random.random()
+            self.world.at(after_ms, self._jump, self.random.choice(others))
+
+    def _jump(self, node: Node) -> None:
+        self.world.set_clock(node, rate=node.rate, jump_ms=TIMING.lease_ms)
 
 
 def schedule(
