@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from manifold.kernel.nexus.messages import Initialise
 from manifold.kernel.scheduler.messages import JobEvent, JobSpec
 from manifold.tools.simulator.clients import Task
 from manifold.tools.simulator.faults import Faults, parse
@@ -26,8 +27,6 @@ def cluster(seed: int, faults: str) -> tuple[World, Sequence[Any]]:
     world, made = build(seed, NODES, plan, composite)
     world.start_all()
     kids = tuple(str(node.kid) for node in world.nodes[:3])
-    from manifold.kernel.nexus.messages import Initialise
-
     world.run(1500.0)
     world.call(world.nodes[0], lambda core, now: core.consult(1, Initialise(kids), now))
     world.run(1500.0)
@@ -83,7 +82,7 @@ def test_it_ends_exactly_whatever_else_goes_wrong(seed: int) -> None:
 
 
 def test_what_is_told_to_be_settled_is_in_the_record() -> None:
-    """K2, from outside: after a takeover every settled position is counted, and none is run again."""
+    """K2, from outside: after a takeover every settled position is counted."""
     world, checkers = cluster(3, "")
     long_job(world, checkers, 4)
     world.run(2000.0)

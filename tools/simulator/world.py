@@ -8,8 +8,9 @@ decoded again for each receiver, so two nodes never share an object. Other code 
 `on_crash`.
 
 The driver modelled is the weakest one allowed: a `Persist` delays only the later effects of its
-own list, a `Held` only what it holds; writes become durable in order after `faults.sync`, and a crash keeps any subset of
-those under way, the last of them perhaps torn (then its checksum fails and it never was).
+own list, a `Held` only what it holds; writes become durable in order after `faults.sync`, and a
+crash keeps any subset of those under way, the last of them perhaps torn (then its checksum fails
+and it never was).
 
 Invariants:
   W1  the same seed and arguments give the same digest, whatever PYTHONHASHSEED is;
