@@ -17,7 +17,17 @@ from manifold.kernel.errors import Busy, Unavailable
 from manifold.kernel.hyperbus.driver import Incoming
 from manifold.kernel.hyperbus.faults import to_failure
 from manifold.kernel.messages import Done
-from manifold.kernel.nexus.messages import Answer, Changed, Initialise, Unwatch, Watch
+from manifold.kernel.nexus.messages import (
+    Acquire,
+    Answer,
+    Changed,
+    Get,
+    Initialise,
+    Operate,
+    Resign,
+    Unwatch,
+    Watch,
+)
 from manifold.vm.kid import Kid
 
 if TYPE_CHECKING:
@@ -27,6 +37,13 @@ log = logging.getLogger("manifold.nexus")
 
 WAITING_MAX = 16_384  # operations.OPERATIONS_MAX and as many watches
 FIRST_TIMEOUT_MS = 30_000.0
+OURS = ("cluster/", "jobs/", "owners/", "nexus/")  # registers that only nodes write
+
+
+def _writes_ours(body: object) -> bool:
+    if isinstance(body, Operate):
+        return body.key.startswith(OURS) and not isinstance(body.change, Get)
+    return isinstance(body, Acquire | Resign) and body.key.startswith(OURS)
 
 
 class Consulting:
@@ -52,6 +69,10 @@ class Consulting:
     def serve(self, incoming: Incoming) -> None:
         node, body, now_ms = self._node, incoming.body, self._node.now_ms()
         if not incoming.request:
+            return
+        if _writes_ours(body):
+            why = "This register is the cluster's own: programs and people write globals."
+            node.bus.reply(incoming, Answer("refused", strength="none", why=why))
             return
         if isinstance(body, Unwatch):
             handle = self._watching.get((incoming.source, body.key))

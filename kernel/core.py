@@ -205,9 +205,9 @@ class Core:
         """Nobody waits for what `consult` was asked with this handle any more."""
         return self._close("nexus", self.nexus.client_gone(handle, now_ms), now_ms)
 
-    def voter_stopped(self, now_ms: float) -> list[Effect]:
+    def voter_stopped(self, why: str, now_ms: float) -> list[Effect]:
         """What Nexus persists is refused by the disk: this node votes no more."""
-        return self._close("nexus", self.nexus.storage_failed(now_ms), now_ms)
+        return self._close("nexus", self.nexus.storage_failed(now_ms, why), now_ms)
 
     def global_call(self, slot: int, call: GlobalCall, now_ms: float) -> list[Effect]:
         """A worker's program asks for a global; answered by `Notify(GlobalAnswer(…))`."""

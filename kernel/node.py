@@ -50,7 +50,7 @@ from manifold.kernel.messages import (
     Ready,
     Stop,
 )
-from manifold.kernel.nexus import disk
+from manifold.kernel.nexus import storage_driver as disk
 from manifold.kernel.nexus.rejoin import RejoinStep
 from manifold.kernel.process.channel import Channel, Closed
 from manifold.kernel.process.messages import (
@@ -362,7 +362,7 @@ class Node:
     def _voter_stopped(self, error: ManifoldError) -> None:
         """The node goes on without a vote; what its disk holds is read again when it restarts."""
         log.critical("nexus: this voter stops: %s", error)
-        self.perform(self.core.voter_stopped(self.now_ms()))
+        self.perform(self.core.voter_stopped(str(error), self.now_ms()))
 
     def _perform_one(self, effect: Effect) -> None:
         match effect:

@@ -27,9 +27,10 @@ FLOORS = {"vm": 0, "kernel": 1, "shells": 2, "images": 3, "tools": 3, "": 4}  # 
 ORDER = {
     **dict.fromkeys(("config", "config_units", "config_loader", "config_document"), 1),
     **dict.fromkeys(("effects", "limits", "errors", "durable", "places", "identity"), 1),
-    **dict.fromkeys(("inventory", "tasks"), 1),
+    **dict.fromkeys(("inventory", "rendezvous", "tasks"), 1),
     **dict.fromkeys(("geode", "process"), 2),
     **dict.fromkeys(("scheduler", "nexus", "membership", "memory", "hyperbus", "keg", "mayor"), 3),
+    "registry": 3,
     "main": 5,
 }
 SUBSYSTEM, NODE = 3, 4
@@ -220,7 +221,7 @@ def _against_order(source: Source, words: list[str], target: str) -> str:
     other = _rank(unit, len(words) == 3 and unit not in ORDER)
     if other > own:
         return f"imports {target}, which is above {source.unit}; pass it in, or move it down"
-    if other == own and own in (2, 3) and words[-1] != "messages":
+    if other == own and own in (2, 3) and words[-1] not in ("messages", "ask"):
         return (
             f"imports {target} of its sibling {unit}; take only its messages.py, or let node "
             "bring them together"

@@ -95,10 +95,3 @@ def first_config(voters: Sequence[Voter]) -> Config:
     digest = blake3.blake3(msgspec.msgpack.encode(ordered)).digest()
     origin = int.from_bytes(digest[:4], "big") >> (32 - ORIGIN_BITS)
     return Config((origin or 1) << COUNT_BITS | 1, (), ordered)
-
-
-def rendezvous(key: str, kids: Sequence[Kid]) -> Kid | None:
-    """The node that the hash of it and the key puts first: the same everywhere."""
-    if not kids:
-        return None
-    return max(kids, key=lambda kid: blake3.blake3(f"{key}\0{kid}".encode()).digest())

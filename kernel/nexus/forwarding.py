@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from manifold.kernel.nexus.configs import rendezvous
+from manifold.kernel import rendezvous
 from manifold.kernel.nexus.context import Context
 from manifold.kernel.nexus.messages import Forward, Forwarded
 from manifold.kernel.nexus.proposer import OPERATIONS_MAX, Proposer
@@ -139,10 +139,10 @@ class Forwarding:
         if self._doubted:
             now_ms = self._context.now_ms
             doubted = [kid for kid, doubt in self._doubted.items() if now_ms < doubt.until_ms]
-            return rendezvous(key, [kid for kid in self._live if kid not in doubted])
+            return rendezvous.first(key, [kid for kid in self._live if kid not in doubted])
         choice = self._choices.get(key)
         if choice is None:
-            choice = rendezvous(key, self._live)
+            choice = rendezvous.first(key, self._live)
             assert choice is not None, "we live"
             if len(self._choices) >= CHOICES_MAX:
                 self._choices.clear()

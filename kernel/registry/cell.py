@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from manifold.kernel.nexus.values import CasVersion
+from manifold.kernel.nexus.messages import CasVersion
 
 T = TypeVar("T")
 

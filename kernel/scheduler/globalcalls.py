@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 from manifold.kernel.effects import Effect, Notify, SetTimer
 from manifold.kernel.nexus.ask import Ask
-from manifold.kernel.nexus.messages import Answer, ClientChange, Operate
-from manifold.kernel.nexus.values import Add, Get, Propose, Put
-from manifold.kernel.nexus.values import Effect as GlobalEffect
+from manifold.kernel.nexus.messages import Add, Answer, ClientChange, Get, Operate, Propose, Put
+from manifold.kernel.nexus.messages import Effect as GlobalEffect
 from manifold.kernel.process.messages import Fault, GlobalCall, GlobalDone
 from manifold.kernel.scheduler import blocks
 from manifold.kernel.scheduler.runner import Runner

@@ -20,10 +20,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from manifold.kernel.effects import Effect
-from manifold.kernel.nexus.messages import Answer, ClientChange
-from manifold.kernel.nexus.values import (
+from manifold.kernel.nexus.messages import (
     Admit,
+    Answer,
     CasVersion,
+    ClientChange,
     Delete,
     Dismiss,
     Get,
@@ -318,8 +319,9 @@ class Keeper(Takeover):
         )  # fmt: skip
 
         def written(answer: Answer, now_ms: float) -> list[Effect]:
-            if answer.status == "ok":
-                return self._recorded(guard, answer.version, saving, over, now_ms)
+            if answer.status == "ok" and guard.version:
+                # Not the answer's: of a write that was found done that is the present one (K1).
+                return self._recorded(guard, guard.version + 1, saving, over, now_ms)
             return self._read_back(guard, record, saving, now_ms)
 
         change = CasVersion(guard.version, records.encode(record))

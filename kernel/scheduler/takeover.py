@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from manifold.kernel import rendezvous
 from manifold.kernel.effects import Effect, Notify
 from manifold.kernel.nexus.ask import Ask
-from manifold.kernel.nexus.configs import rendezvous
-from manifold.kernel.nexus.messages import Answer, ClientChange, Operate
-from manifold.kernel.nexus.values import CasVersion, Get
+from manifold.kernel.nexus.messages import Answer, CasVersion, ClientChange, Get, Operate
 from manifold.kernel.scheduler import records
 from manifold.kernel.scheduler.ledger import Job
 from manifold.kernel.scheduler.records import JobRecord, Run
@@ -128,7 +127,7 @@ class Takeover(ABC):
         effects: list[Effect] = []
         live = self._owner.geode.nodes()
         for dead in [kid for kid, looked in self._dead.items() if not looked and self._known]:
-            if rendezvous(records.owned_key(dead), live) == self._owner.me:
+            if rendezvous.first(records.owned_key(dead), live) == self._owner.me:
                 self._dead[dead] = True
                 effects += self._inherit(dead)
         return effects
@@ -180,7 +179,7 @@ class Takeover(ABC):
 
         def claimed(answer: Answer, now_ms: float) -> list[Effect]:
             if answer.status == "ok":
-                return self._fetch(claim, answer.version)
+                return self._fetch(claim, version + 1)
             return self._retry(
                 now_ms, lambda: self._look(record.job)
             )  # somebody was faster, or it is to be read

@@ -149,8 +149,6 @@ def schedules_until_caught(most: int, begin: int = 0) -> int:
 
 
 @pytest.mark.parametrize(("plant", "most"), MUTANTS, ids=[plant.__name__ for plant, _ in MUTANTS])
-def test_each_planted_bug_of_effects_is_caught(
-    plant: Plant, most: int, monkeypatch: Patch
-) -> None:
+def test_each_planted_bug_of_effects_is_caught(plant: Plant, most: int, monkeypatch: Patch) -> None:
     plant(monkeypatch)
     assert schedules_until_caught(most), f"{plant.__name__} survived"

@@ -188,6 +188,7 @@ def counts_from_nothing(patch: Patch) -> None:
 def busy(seed: int) -> Plan:
     """More changes of voters, more deletions."""
     plan = draw(seed)
+    plan = replace(plan, duration_ms=300.0, operations=4)
     return replace(plan, nodes=5, voters=3, changes=3, core=False, deletes=0.3, keys=("a",))
 
 
@@ -212,7 +213,7 @@ def copied(seed: int) -> Plan:
     """Answers get lost and messages come twice or late: there are copies of many operations."""
     plan = still(seed)
     faults = replace(plan.faults, drop=0.2, dup=0.15, reorder=0.15, delay=(0.2, 8.0))
-    return replace(plan, deletes=0.4, faults=faults)
+    return replace(plan, deletes=0.4, faults=faults, duration_ms=300.0)
 
 
 MUTANTS: list[tuple[Plant, Callable[[int], Plan], int]] = [

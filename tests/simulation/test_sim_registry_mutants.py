@@ -15,19 +15,15 @@ from manifold.kernel.registry.messages import Fence, Timing
 from manifold.kernel.registry.plan import Step
 from manifold.kernel.registry.protocol import Registry
 from manifold.kernel.registry.records import Alias, Aliases
-from manifold.tools.simulator.registry import TIMING, rough, schedule
+from manifold.tools.simulator.registry import TIMING, Duel, rough, schedule
 
 Patch = pytest.MonkeyPatch
 Plant = Callable[[Patch], Timing | None]
 
 
 def has_no_fences(patch: Patch) -> None:
-    """No fencing: a registrar whose lease is over goes on where a later one has written.
-
-    With `lease_lost` alone taken away, or the fences alone, the other one is nearly enough.
-    """
+    """A registrar that lost its lease goes on where a later one has written."""
     patch.setattr(Registry, "_fenced", lambda self, value: False)
-    patch.setattr(Registry, "lease_lost", lambda self, fence, now_ms: [])
 
 
 def writes_without_comparing(patch: Patch) -> None:
@@ -82,20 +78,23 @@ def shows_what_it_means_to_write(patch: Patch) -> None:
 
 
 PLANTED: list[tuple[Plant, int]] = [
-    (has_no_fences, 30),
-    (writes_without_comparing, 30),
-    (retires_at_once, 30),
-    (releases_the_aliases_of_the_dead, 30),
-    (gives_an_alias_to_everybody_who_wants_it, 40),
-    (shows_what_it_means_to_write, 60),
+    (writes_without_comparing, 20),
+    (retires_at_once, 5),
+    (releases_the_aliases_of_the_dead, 5),
+    (gives_an_alias_to_everybody_who_wants_it, 20),
+    (shows_what_it_means_to_write, 20),
 ]
 
 
 @pytest.mark.parametrize(("plant", "most"), PLANTED, ids=lambda each: getattr(each, "__name__", ""))
 def test_a_planted_bug_is_caught(plant: Plant, most: int, monkeypatch: Patch) -> None:
     timing = plant(monkeypatch) or TIMING
-    judged = timing if timing is TIMING else replace(timing, retire_ms=TIMING.retire_ms)
     for seed in range(most):
-        if schedule(seed, timing=timing, drawn=rough, judged=judged).failures:
+        if schedule(seed, timing=timing, drawn=rough, judged=TIMING).failures:
             return
     raise AssertionError(f"{plant.__name__} was not caught in {most} schedules")
+
+
+def test_a_registrar_without_fences_is_caught(monkeypatch: Patch) -> None:
+    has_no_fences(monkeypatch)
+    assert any(Duel(seed).play().failures for seed in range(10))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manifold.kernel.nexus.configs import Voter, first_config, majority, rendezvous
@@ -25,6 +25,7 @@ def quorums(config: object, kids: list[str]) -> list[frozenset[str]]:
     ]
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(some_voters, some_voters)
 def test_quorums_of_configurations_that_follow_each_other_always_meet(
     old: list[Voter], new: list[Voter]
@@ -38,6 +39,7 @@ def test_quorums_of_configurations_that_follow_each_other_always_meet(
             assert all(each & another for another in quorums(other, kids))
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(some_voters)
 def test_whoever_initialises_the_same_voters_makes_the_same_configuration(
     voters: list[Voter],

@@ -16,7 +16,7 @@ from itertools import pairwise
 from random import Random
 from typing import Any, Literal
 
-from manifold.kernel.nexus.configs import rendezvous
+from manifold.kernel import rendezvous
 from manifold.kernel.nexus.context import Timing
 from manifold.kernel.nexus.messages import Answer, Operate
 from manifold.kernel.nexus.protocol import Nexus
@@ -78,7 +78,7 @@ class Load8(Harness):
         if victim < 0:
             return next(names)
         kid = self.world.nodes[victim].kid
-        return next(name for name in names if rendezvous(name, sorted(self.kids)) == kid)
+        return next(name for name in names if rendezvous.first(name, sorted(self.kids)) == kid)
 
     def _boot(
         self, kid: Kid, boot: int, durable: dict[str, bytes], random: Random, _now_ms: float

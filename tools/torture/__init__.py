@@ -1,0 +1,1 @@
+"""Tools that hurt a cluster of real processes, and judge what its clients saw."""
