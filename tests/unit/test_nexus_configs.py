@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manifold.kernel.nexus.configs import Voter, first_config, majority, rendezvous
+from manifold.kernel import rendezvous
+from manifold.kernel.nexus.configs import Voter, first_config, majority
 from manifold.vm.kid import kid_of
 
 KIDS = [kid_of(b"%d" % number) for number in range(7)]
@@ -75,10 +76,10 @@ def test_a_majority_is_more_than_half(count: int, needed: int) -> None:
 
 def test_the_preferred_proposer_moves_only_when_it_goes() -> None:
     keys = [f"key {number}" for number in range(300)]
-    before = {key: rendezvous(key, KIDS) for key in keys}
-    assert rendezvous("k", []) is None
+    before = {key: rendezvous.first(key, KIDS) for key in keys}
+    assert rendezvous.first("k", []) is None
     shares = [list(before.values()).count(kid) for kid in KIDS]
     assert min(shares) > 20
     for key in keys:
-        after = rendezvous(key, KIDS[1:])
+        after = rendezvous.first(key, KIDS[1:])
         assert after == before[key] or before[key] == KIDS[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
+from manifold.kernel import rendezvous
 from manifold.kernel.effects import Persist, Reply, Send, SetTimer
 from manifold.kernel.nexus.ballots import ZERO, Ballot, following
 from manifold.kernel.nexus.configs import Config, Voter, first_config
@@ -225,9 +226,7 @@ def contended() -> tuple[Bench, Kid]:
 
 
 def _prefers(bench: Bench, kid: Kid) -> bool:
-    from manifold.kernel.nexus.configs import rendezvous
-
-    return rendezvous("k", sorted([ME, kid])) == kid
+    return rendezvous.first("k", sorted([ME, kid])) == kid
 
 
 def test_a_contended_key_is_forwarded_with_a_base_that_is_learnt_first() -> None:

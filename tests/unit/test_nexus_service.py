@@ -7,10 +7,11 @@ from typing import Any
 
 import msgspec
 
+from manifold.kernel import rendezvous
 from manifold.kernel.effects import Persist, Reply, Send, SetTimer
 from manifold.kernel.nexus import listing
 from manifold.kernel.nexus.ballots import ZERO, Ballot
-from manifold.kernel.nexus.configs import Config, Voter, final_epoch, first_config, rendezvous
+from manifold.kernel.nexus.configs import Config, Voter, final_epoch, first_config
 from manifold.kernel.nexus.context import Pace, Timing
 from manifold.kernel.nexus.forwarding import TRIED_MAX
 from manifold.kernel.nexus.messages import (
@@ -497,11 +498,11 @@ def test_a_ballot_that_was_refused_leaps_ahead_of_who_proposes_each_round_trip()
 def forwarding() -> tuple[Bench, list[Kid]]:
     """A contended key; peers in the order in which they are asked, all before this node."""
     names = (kid_of(b"peer %d" % number) for number in range(100))
-    peers = [kid for kid in names if rendezvous("k", [ME, kid]) == kid][:3]
+    peers = [kid for kid in names if rendezvous.first("k", [ME, kid]) == kid][:3]
     ordered = []
     left = list(peers)
     while left:
-        first = rendezvous("k", sorted(left))
+        first = rendezvous.first("k", sorted(left))
         assert first is not None
         ordered.append(first)
         left.remove(first)
