@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from manifold.kernel.nexus.ballots import ZERO, Ballot, following
 from manifold.kernel.nexus.configs import Config
@@ -47,7 +48,6 @@ from manifold.kernel.nexus.values import (
     Rewrite,
     Status,
     Value,
-    absent,
     change,
 )
 from manifold.vm.kid import Kid
@@ -268,8 +268,7 @@ class Proposer:
             self._failed(register, begun, wait=False)
             return
         self._context.rounds.took(self._context.now_ms - begun.sent_ms)
-        latest = begun.latest()
-        value = latest.value if latest.value is not None else absent(begun.floor())
+        latest, value = begun.latest(), begun.told()
         if latest.value is not None and value.dead:
             self.on_tombstone(register.key)
         self._end(register, begun)
@@ -279,8 +278,7 @@ class Proposer:
         self._kick(register)
 
     def _promised(self, register: Register, begun: Round) -> None:
-        latest = begun.latest()
-        value = latest.value if latest.value is not None else absent(begun.floor())
+        latest, value = begun.latest(), begun.present()
         self._context.rounds.took(self._context.now_ms - begun.sent_ms)
         new, results = change(value, [each.wanted() for each in begun.batch], begun.ballot)
         rewrite = any(
@@ -291,7 +289,11 @@ class Proposer:
         if new is value and begun.agreed() and (nothing or not rewrite):
             self._end(register, begun)
             register.tries = 0
-            self._tell(begun.batch, results)
+            told = begun.told()
+            self._tell(
+                begun.batch,
+                [replace(each, version=told.version, stamp=told.stamp) for each in results],
+            )
             self._kick(register)
             return
         batch = begun.batch
@@ -419,8 +421,7 @@ class Proposer:
         self._context.soon(lambda: self.reroute(operation))
 
     def _tell_stale(self, operation: Operation, begun: Round) -> None:
-        latest = begun.latest()
-        value = latest.value if latest.value is not None else absent(begun.floor())
+        value = begun.told()
         self.operations -= 1
         missing = begun.missing()
         found = Result("ok", value.version, value.data, strength="stale", missing=missing)

@@ -45,6 +45,16 @@ class Rejoin:
         self._asked = False
 
     def nexus_known(self, now_ms: float) -> list[Effect]:
+        """Whether or not anybody noticed: a disk that is not the one listed has been lost."""
+        config = self._nexus.config
+        assert config is not None, "it is known"
+        listed = {voter.kid: voter.disk for voter in (*config.old, *config.new)}
+        if not self.step and listed.get(self._me, self._nexus.acceptor.disk) != (
+            self._nexus.acceptor.disk
+        ):
+            self.step = "damaged"
+            lost = RejoinStep("damaged", "the disk with which this node votes is not here any more")
+            return [Notify(lost), *self.tick(now_ms)]
         return self.tick(now_ms)
 
     def tick(self, now_ms: float) -> list[Effect]:

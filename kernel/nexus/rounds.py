@@ -14,7 +14,7 @@ from enum import Enum
 from manifold.kernel.nexus.ballots import ZERO, Ballot
 from manifold.kernel.nexus.configs import Config
 from manifold.kernel.nexus.messages import Promise, ReadReply
-from manifold.kernel.nexus.values import Change, Get, Marked, Result, Value, Wanted
+from manifold.kernel.nexus.values import Change, Get, Marked, Result, Value, Wanted, absent
 from manifold.vm.kid import Kid
 
 Done = Callable[[Result], None]
@@ -125,6 +125,21 @@ class Round:
 
     def floor(self) -> Ballot:
         return max(reply.floor for reply in self.heard.values())
+
+    def present(self) -> Value:
+        """What to change. A tombstone that somebody has dropped already counts on from his floor,
+        and so does a register without a record: V3."""
+        found, bare = self.latest().value, absent(self.floor())
+        gone = found is None or (found.dead and found.stamp < bare.stamp)
+        return bare if gone or found is None else found
+
+    def told(self) -> Value:
+        """What to answer where nothing is proposed: no stamp that a later value could be below.
+
+        Floors differ between voters; every quorum has one of these, so none is below the lowest.
+        """
+        found = self.latest().value
+        return found or absent(min(reply.floor for reply in self.heard.values()))
 
     def agreed(self) -> bool:
         """Whether one quorum reports the accepted ballot that is the highest heard of."""

@@ -8,7 +8,9 @@ were applied, so that anybody may ask for one again, at any time.
 Invariants:
   V1  each operation that changes something raises `version` by one; each entry of the ring raised
       `stamp` by one, so entry `i` from the end was made at stamp `stamp - i`;
-  V2  an operation whose entry may have left the ring is never applied: `maybe` or `rebase`;
+  V2  an operation whose entry may have left the ring is never applied: `maybe` or `rebase`. Nor is
+      one whose base is above the stamp: that base was read from a value that was never chosen, and
+      says nothing of what the ring has lost;
   V3  versions and stamps of a key only grow, through deletion as well: an absent register counts
       from `BATCH_MAX * floor.n`, and a value of ballot `n` has at most version `BATCH_MAX * n`;
   V4  an operation of which there may be other copies has its failure in the ring as well: else a
@@ -251,11 +253,13 @@ def change(value: Value, wanted: Sequence[Wanted], ballot: Ballot) -> tuple[Valu
                 result = replace(result, version=version)
             results.append(result)
             continue
+        plain = isinstance(each.change, _PLAIN)
         if each.op in known:
             results.append(_again(known[each.op], version, data))
             continue
-        if each.base is not None and each.base < oldest and not isinstance(each.change, _PLAIN):
-            results.append(Result("rebase" if each.rebase else "maybe"))  # V2
+        if not (each.base is None or oldest <= each.base <= value.stamp or plain):
+            again = each.rebase and each.base < oldest
+            results.append(Result("rebase" if again else "maybe"))  # V2
             continue
         if isinstance(each.change, Rewrite) and each.change.dead and book.jobs:
             results.append(Result("no", version, data))

@@ -139,7 +139,7 @@ class Watches:
     def _seen(self, key: str, watched: Watched, result: Result) -> None:
         present = result.data is not None
         for client, told in list(watched.told.items()):
-            grew = told is None or result.version > told[0]
+            grew = told is None or result.version > told[0] or (present and not told[1])
             if told is not None and not told[1] and not present:
                 continue  # absent still: its version is its shard's floor
             if grew:

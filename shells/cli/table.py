@@ -22,6 +22,16 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "kill": ("manifold.shells.verbs.work:kill", "Cancel a job."),
         "why": ("manifold.shells.verbs.work:why", "Why a job's shards went where they went."),
     },
+    "state": {
+        "get": ("manifold.shells.verbs.globals:get", "What a global holds."),
+        "set": ("manifold.shells.verbs.globals:set_", "Set a global."),
+        "cas": ("manifold.shells.verbs.globals:cas", "Set it if it holds what is expected."),
+        "add": ("manifold.shells.verbs.globals:add", "Add to a number."),
+        "del": ("manifold.shells.verbs.globals:del_", "Delete a global."),
+        "watch": ("manifold.shells.verbs.globals:watch", "A line for each change."),
+        "ls": ("manifold.shells.verbs.globals:ls", "Names, values and versions."),
+        "nexus": ("manifold.shells.verbs.nexus:nexus", "Who agrees: status, voters, verify."),
+    },
     "programs": {
         "asm": ("manifold.shells.verbs.programs:asm", "Assemble and verify a program."),
         "disasm": ("manifold.shells.verbs.programs:disasm", "Show a program's instructions."),
@@ -29,6 +39,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "observe": {
         "logs": ("manifold.shells.verbs.observe:logs", "Logs of every node, in order of time."),
         "sim": ("manifold.tools.simulator.verbs:sim", "Simulate a cluster from a seed."),
+        "torture": ("manifold.tools.torture.verbs:verb", "Hurt a cluster, and judge what it says."),
         "bench": ("manifold.tools.bench.verbs:bench", "Measure, against peers and limits."),
         "completion": ("manifold.shells.verbs.shell:completion", "Completion for your shell."),
         "version": ("manifold.shells.verbs.shell:version", "Versions of what runs here."),

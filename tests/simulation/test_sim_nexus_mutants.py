@@ -13,6 +13,7 @@ import pytest
 
 from manifold.kernel.effects import Effect
 from manifold.kernel.nexus import proposer as proposer_module
+from manifold.kernel.nexus import rounds as rounds_module
 from manifold.kernel.nexus import values
 from manifold.kernel.nexus.acceptor import Acceptor, Row
 from manifold.kernel.nexus.configs import Config, Voter
@@ -182,7 +183,7 @@ def applies_copies_of_any_age(patch: Patch) -> None:
 
 def counts_from_nothing(patch: Patch) -> None:
     """V3: a key that was deleted counts its versions from one again."""
-    patch.setattr(proposer_module, "absent", lambda floor: Value(0, 0, None))
+    patch.setattr(rounds_module, "absent", lambda floor: Value(0, 0, None))
 
 
 def busy(seed: int) -> Plan:

@@ -285,6 +285,7 @@ class Supervisor:
         if node.channel is not None:
             self._hang_up(node, node.channel)
         node.alive = 0
+        self._told_voters = False  # perhaps it was the one that was told, and had not done it
         self._gone.set()
         if node.ready is not None:
             news = ProcessEnded(node.ready.kid, node.ready.boot)
