@@ -47,6 +47,7 @@ from manifold.kernel.nexus.marks import (
 DATA_BYTES_MAX = 64 << 10  # pack related state in one register, up to this
 BATCH_MAX = 64  # operations of one key in one proposal: one of each client of the benchmark's 64
 RING_MIN = 16
+RING_SHARED = 128  # of a register that several nodes propose to: half a second at 260 a second
 RING_FACTOR = 4  # a forwarded operation is at most a few batches late
 RING_MAX = 256  # RING_FACTOR * BATCH_MAX; at about 50 B an entry: 13 KiB
 TTL_MS_MAX = 3_600_000.0
@@ -283,7 +284,8 @@ def change(value: Value, wanted: Sequence[Wanted], ballot: Ballot) -> tuple[Valu
     marks = book.marks()
     if not added and version == value.version and marks is value.marks:
         return value, results
-    keep = max(RING_MIN, RING_FACTOR * len(added), len(value.ring) - len(added))
+    least = RING_MIN if all(each.base is None for each in wanted) else RING_SHARED
+    keep = max(least, RING_FACTOR * len(added), len(value.ring) - len(added))
     ring = (*value.ring, *added)[-keep:]
     return Value(version, stamp, data, ring, marks), results
 

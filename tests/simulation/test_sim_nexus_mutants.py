@@ -178,6 +178,7 @@ def applies_copies_of_any_age(patch: Patch) -> None:
 
     patch.setattr(Forwarding, "receive", careless)
     patch.setattr(values, "RING_MIN", 1)
+    patch.setattr(values, "RING_SHARED", 1)
     patch.setattr(values, "RING_FACTOR", 1)
 
 
