@@ -19,6 +19,7 @@ from manifold.shells.sdk.future import Future
 from manifold.shells.sdk.mapping import map_futures, reduce_futures
 
 if TYPE_CHECKING:
+    from manifold.shells.sdk.globals_aio import AsyncGlobals
     from manifold.shells.sdk.programs import Source
 
 
@@ -55,6 +56,13 @@ class AsyncClient:
         """The blocking client beneath, for questions such as `nodes`."""
         assert self._client is not None, "use `async with`"
         return self._client
+
+    @property
+    def globals(self) -> AsyncGlobals:
+        """`Client.globals`, awaited: `await m.globals.set("x", 1)`."""
+        from manifold.shells.sdk.globals_aio import AsyncGlobals
+
+        return AsyncGlobals(self.client)
 
     def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future:
         return self.client.submit(function, *args, **kwargs)

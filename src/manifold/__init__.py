@@ -27,6 +27,7 @@ _SDK = {
     "RemoteTraceback": "future",
     "connect": "",
     "connect_async": "aio",
+    "globals": "globals_default",
 }
 _ERRORS = ("Exhausted", "ManifoldError", "Maybe", "ProcessDied", "Refused", "Trap", "Unavailable")
 _LANGUAGE = ("Kernel", "array")
@@ -52,6 +53,7 @@ __all__ = [
     "array",
     "connect",
     "connect_async",
+    "globals",
     "kernel",
 ]
 
@@ -76,6 +78,7 @@ if TYPE_CHECKING:
         RemoteError,
         RemoteTraceback,
     )
+    from manifold.shells.sdk.globals_default import globals
     from manifold.vm.python import Kernel, array, kernel
 
 

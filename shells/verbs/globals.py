@@ -1,0 +1,376 @@
+"""`get`, `set`, `cas`, `add`, `del`, `watch`, `ls`: values that the whole cluster agrees on.
+
+A global is written `/globals/x`, or `x` for short; registers of the cluster's own (`/cluster/…`)
+can be read and listed. Values are ints and floats by their syntax, anything else is text; `--type`
+decides otherwise. Every acknowledgement says how strong it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import click
+
+from manifold.kernel.errors import NotFound, Refused
+from manifold.shells.sdk.globals_calls import (
+    FOLDER,
+    NAME_RULE,
+    Calls,
+    Reading,
+    Value,
+    encode,
+    key_of,
+)
+from manifold.shells.sdk.registers import TIMEOUT_S
+from manifold.shells.verbs.common import connect, json_option, print_json, print_table
+from manifold.shells.verbs.run import Seconds
+
+T = TypeVar("T")
+
+INT = re.compile(r"[+-]?[0-9]+\Z")
+FLOAT = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][+-]?[0-9]+)?\Z")
+NEGATIVE = re.compile(r"-[0-9.]")
+ESCAPE = "\0"  # before a negative number on its way through the parser: no argument can hold it
+HEX = "hex:"  # before bytes, shown
+CELL_CHARS_MAX = 60
+TYPES = ("int", "float", "text", "bytes")
+
+
+# -- values, as people write and read them --------------------------------------------------------
+
+
+def parse(text: str, kind: str = "") -> Value:
+    """A value from the command line; `kind` where its syntax is not to decide."""
+    try:
+        if kind == "text":
+            return text
+        if kind == "bytes":
+            return bytes.fromhex(text.removeprefix(HEX))
+        if kind == "float" or (not kind and FLOAT.match(text)):
+            return float(text)
+        if kind == "int" or INT.match(text):
+            return int(text)
+    except ValueError:
+        hint = "write bytes in hexadecimal, such as 00ff" if kind == "bytes" else "see --type"
+        raise click.BadParameter(f"{text!r} is no {kind}: {hint}.") from None
+    return text
+
+
+def type_of(value: Value | None) -> str | None:
+    """What `--json` and `--type` call it."""
+    names = {int: "int", float: "float", str: "text", bytes: "bytes"}
+    return None if value is None else names[type(value)]
+
+
+def shown(value: Value | None) -> str:
+    """On one line, so that it reads back as what it is: text that looks like a number is quoted."""
+    if value is None:
+        return "absent"
+    if isinstance(value, bytes):
+        return HEX + value.hex()
+    if not isinstance(value, str):
+        return str(value)
+    plain = value.isprintable() and value.strip() == value and bool(value)
+    odd = not plain or value[0] == '"' or value.startswith(HEX) or parse(value) != value
+    return json.dumps(value, ensure_ascii=False) if odd else value
+
+
+def reading_dict(key: str, reading: Reading) -> dict[str, Any]:
+    """For `--json`: bytes in hexadecimal, null where there is nothing."""
+    value = reading.value
+    return {
+        "name": short_name(key),
+        "value": value.hex() if isinstance(value, bytes) else value,
+        "type": type_of(value),
+        "version": reading.version,
+        "strength": reading.strength,
+    }
+
+
+def short_name(key: str) -> str:
+    """As people name it: a global by its name, anything else by its path."""
+    return key.removeprefix(FOLDER) if key.startswith(FOLDER) else f"/{key}"
+
+
+def line(name: str, reading: Reading) -> str:
+    """`x = 1  (version 3, quorum)`"""
+    if reading.value is None:
+        return f"{name} is absent  ({reading.strength})"
+    return f"{name} = {shown(reading.value)}  (version {reading.version}, {reading.strength})"
+
+
+def _cell(text: str) -> str:
+    return text if len(text) <= CELL_CHARS_MAX else text[: CELL_CHARS_MAX - 1] + "…"
+
+
+# -- arguments ------------------------------------------------------------------------------------
+
+
+class Register(click.ParamType[str]):
+    """`/globals/x` or `x`; with `anywhere` also registers that are no globals. A whole key."""
+
+    name = "NAME"
+
+    def __init__(self, *, anywhere: bool = False) -> None:
+        self._anywhere = anywhere
+
+    def convert(self, value: Any, parameter: Any, context: Any) -> str:
+        text = str(value)
+        other = text.startswith("/") and not text.startswith("/" + FOLDER)
+        if other and self._anywhere and text.count("/") > 1 and len(text) <= 257:
+            return text[1:]
+        if other and self._anywhere and text.strip("/"):
+            self.fail(f"{text!r} is a folder: `manifold ls {text}` shows what is in it.")
+        if other:
+            self.fail(f"{text!r} is not under /globals. {NAME_RULE}")
+        try:
+            return key_of(text)
+        except ValueError as error:
+            self.fail(str(error))
+
+
+class Valued(click.Command):
+    """A command whose arguments may be negative numbers, which are no options."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(
+            context, [ESCAPE + each if NEGATIVE.match(each) else each for each in args]
+        )
+
+
+class Text(click.ParamType[str]):
+    """Of a `Valued` command."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def convert(self, value: Any, parameter: Any, context: Any) -> str:
+        return str(value).removeprefix(ESCAPE)
+
+
+name_argument = click.argument("name", type=Register(), metavar="NAME")
+type_option = click.option(
+    "--type", "kind", type=click.Choice(TYPES), default=None, help="Of the values; else by syntax."
+)
+stale_option = click.option("--stale", is_flag=True, help="What one voter knows will do.")
+timeout_option = click.option(
+    "--timeout", type=Seconds(), default=TIMEOUT_S, show_default=True, help="In seconds."
+)
+
+
+def _done(context: click.Context, call: Callable[[Calls], Coroutine[Any, Any, T]]) -> T:
+    """What a call comes to, on a connection for it alone."""
+    with connect(context) as client:
+        found: T = client.connection.call(call(client.calls_of_globals))
+        return found
+
+
+def _encoded(text: str, kind: str | None) -> int | float | bytes:
+    try:
+        return encode(parse(text, kind or ""))
+    except OverflowError as error:
+        raise click.BadParameter(f"{error} Use --type text.") from None
+
+
+def _say(key: str, reading: Reading, json_wanted: bool) -> None:
+    if json_wanted:
+        print_json(reading_dict(key, reading))
+    else:
+        click.echo(line(short_name(key), reading))
+
+
+def _absent(key: str) -> NotFound:
+    return NotFound(f"There is no /{key}.", "`manifold ls` lists those there are.")
+
+
+# -- verbs ----------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("name", type=Register(anywhere=True), metavar="NAME")
+@stale_option
+@click.option("--value", "bare", is_flag=True, help="Print the value alone, for scripts.")
+@timeout_option
+@json_option
+@click.pass_context
+def get(
+    context: click.Context, name: str, stale: bool, bare: bool, timeout: float, as_json: bool
+) -> None:
+    """What the global NAME (/globals/x, or x) holds.
+
+    A majority of the voters is asked, so that nothing newer was agreed to before; with --stale a
+    minority may answer, and the answer is marked so.
+    """
+    reading = _done(context, lambda calls: calls.read(name, timeout, stale))
+    if reading.value is None:
+        raise _absent(name)
+    if not bare or as_json:
+        _say(name, reading, as_json)
+    elif isinstance(reading.value, bytes):
+        sys.stdout.buffer.write(reading.value)
+    else:
+        click.echo(str(reading.value))
+
+
+@click.command("set", cls=Valued)
+@name_argument
+@click.argument("value", type=Text("VALUE"), metavar="VALUE")
+@type_option
+@timeout_option
+@json_option
+@click.pass_context
+def set_(
+    context: click.Context, name: str, value: str, kind: str | None, timeout: float, as_json: bool
+) -> None:
+    """Set the global NAME to VALUE: 1 is an int, 1.5 a float, the rest text."""
+    data = _encoded(value, kind)
+    _say(name, _done(context, lambda calls: calls.set(name, data, timeout)), as_json)
+
+
+@click.command(cls=Valued)
+@name_argument
+@click.argument("values", type=Text("VALUE"), nargs=-1, metavar="[EXPECTED] NEW")
+@click.option("--absent", is_flag=True, help="Expect nothing there, instead of EXPECTED.")
+@type_option
+@timeout_option
+@json_option
+@click.pass_context
+def cas(
+    context: click.Context,
+    name: str,
+    values: tuple[str, ...],
+    absent: bool,
+    kind: str | None,
+    timeout: float,
+    as_json: bool,
+) -> int:
+    """Set NAME to NEW if it holds EXPECTED (compare and swap).
+
+    Exit status 1, and what it holds, where it holds something else. Types count: 1 is not 1.0.
+    """
+    if len(values) != (1 if absent else 2):
+        wanted = "--absent NAME NEW" if absent else "NAME EXPECTED NEW"
+        raise click.UsageError(f"Write `manifold cas {wanted}`.", context)
+    expected = None if absent else _encoded(values[0], kind)
+    data = _encoded(values[-1], kind)
+    found, swapped = _done(context, lambda calls: calls.exchange(name, expected, data, timeout))
+    if as_json:
+        print_json({**reading_dict(name, found), "swapped": swapped})
+    elif swapped:
+        click.echo(line(short_name(name), found))
+    else:
+        wish = None if absent else parse(values[0], kind or "")
+        click.echo(f"{_not(found.value, wish, short_name(name))}  ({_of(found)})")
+    return 0 if swapped else 1
+
+
+def _not(found: Value | None, expected: Value | None, name: str) -> str:
+    """`x is 5, not 1`; the types are told where they are what differs."""
+    both = (found, expected)
+    kinds = [f" ({type_of(each)})" if each is not None else "" for each in both]
+    if None in both or type(found) is type(expected):
+        kinds = ["", ""]
+    return f"{name} is {shown(found)}{kinds[0]}, not {shown(expected)}{kinds[1]}"
+
+
+def _of(reading: Reading) -> str:
+    absent = reading.value is None
+    return reading.strength if absent else f"version {reading.version}, {reading.strength}"
+
+
+@click.command(cls=Valued)
+@name_argument
+@click.argument("amount", type=Text("AMOUNT"), metavar="[AMOUNT]", default="1")
+@timeout_option
+@json_option
+@click.pass_context
+def add(context: click.Context, name: str, amount: str, timeout: float, as_json: bool) -> None:
+    """Add AMOUNT (1 where none is given) to the global NAME, and print what it is then.
+
+    One that is absent counts as 0. An int stays an int, a float a float.
+    """
+    number = _encoded(amount, None)
+    if isinstance(number, bytes):
+        raise click.BadParameter(f"{amount!r} is no number.", context, param_hint="AMOUNT")
+    try:
+        total = _done(context, lambda calls: calls.total(name, number, timeout))
+    except (TypeError, OverflowError) as error:
+        raise Refused(f"{error}", "Nothing was changed: `manifold set` replaces it.") from None
+    _say(name, total, as_json)
+
+
+@click.command("del")
+@name_argument
+@timeout_option
+@json_option
+@click.pass_context
+def del_(context: click.Context, name: str, timeout: float, as_json: bool) -> None:
+    """Delete the global NAME."""
+    if not _done(context, lambda calls: calls.delete(name, timeout)):
+        raise _absent(name)
+    if as_json:
+        print_json({"name": short_name(name), "deleted": True, "strength": "quorum"})
+    else:
+        click.echo(f"{short_name(name)} deleted  (quorum)")
+
+
+@click.command()
+@click.argument("name", type=Register(anywhere=True), metavar="NAME")
+@click.option("--count", type=click.IntRange(min=1), default=None, help="End after so many lines.")
+@json_option
+@click.pass_context
+def watch(context: click.Context, name: str, count: int | None, as_json: bool) -> None:
+    """A line for what the global NAME holds, and one for each change, until Ctrl-C.
+
+    Changes that follow each other fast may be told as one; the last one never is left out.
+    """
+    from manifold.shells.sdk.globals import Watch
+
+    left = count
+    with connect(context) as client, Watch(client, name) as states:
+        while left is None or left > 0:
+            _say(name, states.next(), as_json)
+            sys.stdout.flush()
+            left = None if left is None else left - 1
+
+
+@click.command("ls")
+@click.argument("path", default="/globals", metavar="[PATH]")
+@stale_option
+@timeout_option
+@json_option
+@click.pass_context
+def ls(context: click.Context, path: str, stale: bool, timeout: float, as_json: bool) -> None:
+    """Names, values and versions of globals: all, those under /globals/PREFIX, or `/` for roots."""
+    if path.strip("/") == "" and path:
+        roots = _done(context, lambda calls: calls.registers.roots(timeout, stale=stale))
+        if as_json:
+            print_json([f"/{root}" for root in roots])
+        else:
+            click.echo("\n".join(f"/{root}" for root in roots) or "there is nothing yet")
+        return
+    prefix = _prefix(path)
+    found, strength = _done(context, lambda calls: calls.items(prefix, timeout, stale))
+    if as_json:
+        print_json([reading_dict(key, reading) for key, reading in found])
+        return
+    if found:
+        rows = [
+            (short_name(key), _cell(shown(each.value)), type_of(each.value), each.version)
+            for key, each in found
+        ]
+        print_table(["name", "value", "type", "version"], rows)
+    count = f"{len(found):,} name{'' if len(found) == 1 else 's'}" if found else "nothing"
+    click.secho(f"{count} under /{prefix.rstrip('/')}  ({strength})", dim=True)
+
+
+def _prefix(path: str) -> str:
+    """The keys that are meant: a root is a folder, what follows it any beginning of a name."""
+    plain = path.removeprefix("/") if path.startswith("/") else FOLDER + path
+    if len(plain) > 250 or "//" in plain:
+        raise click.BadParameter(f"{path!r} is no path: /globals, /globals/PREFIX or /.")
+    return plain if "/" in plain else plain + "/"
