@@ -316,9 +316,7 @@ class World:
                 for reply_handler in self.on_reply:
                     reply_handler(node, effect)
 
-    def _persist(
-        self, node: Node, effect: Persist, effects: Sequence[Effect], begin: int
-    ) -> None:
+    def _persist(self, node: Node, effect: Persist, effects: Sequence[Effect], begin: int) -> None:
         """Begin a write; `effects[begin:]` follow it."""
         due_ms = self.now_ms + self._draw(self.faults.sync)
         due_ms = node.disk.write(effect.name, effect.record, due_ms)
