@@ -13,7 +13,7 @@ KIB = 1 << 10
 MIB = 1 << 20
 
 # --- hyperbus: frames and envelopes ---------------------------------------------------------
-FRAME_BYTES_MAX = 1 * MIB  # one nng message; at 400 MB/s it holds a link for 2.6 ms
+FRAME_BYTES_MAX = 1 * MIB  # one frame of the bus; at 400 MB/s it holds a link for 2.6 ms
 FRAME_ENVELOPES_MAX = 4096  # 1 MiB / 4096 = 256 bytes, the least a useful envelope takes
 ENVELOPE_BYTES_MAX = FRAME_BYTES_MAX - 4 * KIB  # room for the frame's seal and its list header
 DRAIN_FRAMES_MAX = 256  # frames read in one wake; then the loop serves others
@@ -24,7 +24,7 @@ PEER_QUEUE_BYTES_MAX = 8 * MIB  # eight full frames: 20 ms of a 400 MB/s link
 DIALERS_MAX = 64  # about 1 ms and 2 descriptors each: 128 of the usual 1024 descriptors
 PEERS_MAX = 4096  # nodes in one view: 4096 * 512 bytes of metadata = 2 MiB
 REVERSE_CHANNELS_MAX = 16  # listeners for those who cannot be dialed: 32 descriptors
-SOCKET_BUFFER_FRAMES = 16  # 16 frames of 1 MiB wait in nng per socket, 48 MiB for three sockets
+SOCKET_BUFFER_FRAMES = 16  # 16 frames of 1 MiB wait for one peer, 48 MiB for three
 
 # --- hyperbus: sessions ---------------------------------------------------------------------
 REPLAY_WINDOW_RECORDS = 1024  # as wide as a peer's queue: what is reordered is at most that

@@ -339,10 +339,13 @@ class Node:
     def perform(self, effects: Sequence[Effect]) -> None:
         """Carry effects out, in order."""
         for effect in effects:  # an address that is news is needed by what is sent with the news
-            if isinstance(effect, Notify) and isinstance(effect.event, MemberChanged):
+            if type(effect) is Notify and type(effect.event) is MemberChanged:
                 self._learn(effect.event)
         for effect in effects:
-            self._perform_one(effect)
+            if type(effect) is Send:
+                self._send(effect)
+            else:
+                self._perform_one(effect)
 
     async def _persist(self, held: Held) -> None:
         """A record of membership: a file of its own, replaced whole."""
@@ -366,8 +369,6 @@ class Node:
 
     def _perform_one(self, effect: Effect) -> None:
         match effect:
-            case Send():
-                self._send(effect)
             case SetTimer(at_ms=at_ms):
                 if self._timer is not None:
                     self._timer.cancel()

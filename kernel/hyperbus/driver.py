@@ -1,11 +1,11 @@
-"""The bus: sealed, batched messages between nodes and clients over nng.
+"""The bus: sealed, batched messages between nodes and clients.
 
 Interface rules:
   - one `Bus` per process, used from the thread of its event loop only, made after the last fork;
   - `send` never blocks and never buffers without bound: a full queue is `Unavailable`;
   - delivery is at most once: what was in flight when a connection broke may be lost, and the
     protocol that owns a message retries it; `request` fails with `Maybe` at its deadline;
-  - everything queued to a peer within one tick of the loop leaves as one nng message.
+  - everything queued to a peer within one tick of the loop leaves as one frame.
 Invariants: B1 at most `DIALERS_MAX` peers are dialed for longer than `DIALER_LINGER_S` after they
 were last sent to, and never more than `DIALERS_BURST_MAX`; B2 no input raises out of the receive
 path, and no address out of the send path: what does not decode or belong is counted and dropped.
@@ -18,11 +18,11 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 from typing import Any
 
 import msgspec
-import pynng
 
 from manifold.kernel.effects import Plane
 from manifold.kernel.errors import Maybe, PeerError, Unavailable
@@ -46,16 +46,18 @@ from manifold.kernel.hyperbus.messages import (
     Frame,
 )
 from manifold.kernel.hyperbus.seal import Plain, Seal
+from manifold.kernel.hyperbus.sockets import ReverseReceiver, ReverseSender
+from manifold.kernel.hyperbus.streams import Receiver, Sender
 from manifold.kernel.limits import (
     DIALERS_MAX,
-    DRAIN_FRAMES_MAX,
     PEERS_MAX,
+    SOCKET_BUFFER_FRAMES,
 )
 
 log = logging.getLogger("manifold.hyperbus")
 
 SOURCES_COUNTED_MAX = 4096  # distinct bad sources remembered
-# A socket that is closed loses what nng still holds, so one that was just used stays for this long:
+# A line that is closed loses what it still holds, so one that was just used stays for this long:
 # 20 ms to connect and 48 ms for 16 frames of 1 MiB at 400 MB/s, ten times over.
 DIALER_LINGER_S = 1.0
 DIALERS_BURST_MAX = 4 * DIALERS_MAX  # a question to 256 nodes at once: half of 1024 descriptors
@@ -78,8 +80,7 @@ class _Line:
     """One plane to one peer: its queue and, once needed, its socket."""
 
     outbox: Outbox = field(default_factory=Outbox)
-    socket: pynng.Push0 | None = None
-    blocked: bool = False  # nng is full; `send_fd` tells when it is not
+    socket: Sender | ReverseSender | None = None
 
 
 @dataclass(slots=True)
@@ -125,7 +126,7 @@ class Bus:
         self._requests: dict[int, tuple[asyncio.Future[Any], asyncio.TimerHandle, str]] = {}
         self._next_request = 1
         self._reassembly = Reassembly()
-        self._listeners: list[pynng.Pull0] = []
+        self._receivers: list[Receiver | ReverseReceiver] = []
         self._door: Door | None = None
         self._closed = False
 
@@ -133,17 +134,18 @@ class Bus:
 
     def listen(self, address: str) -> None:
         """Serve the door and both planes at `address`."""
-        self._pull(sockets.puller(listen=sockets.url(address, Plane.CONTROL)), Plane.CONTROL)
-        self._pull(sockets.puller(listen=sockets.url(address, Plane.DATA)), Plane.DATA)
+        self._receive(address, Plane.CONTROL)
+        self._receive(address, Plane.DATA)
         self._door = Door(self, address, self._loop)
 
     def listen_client(self, address: str) -> None:
         """Receive at `address` alone: what a client on the same host does."""
-        self._pull(sockets.puller(listen=sockets.url(address, Plane.CONTROL)), Plane.CONTROL)
+        self._receive(address, Plane.CONTROL)
 
     def dial_reverse(self, reverse: str) -> None:
         """Receive by dialing `reverse`: what a client that cannot be dialed does."""
-        self._pull(sockets.puller(dial=reverse), Plane.CONTROL)
+        arrived = partial(self._arrived, Plane.CONTROL)
+        self._receivers.append(ReverseReceiver(reverse, self._loop, arrived))
 
     def learn(self, peer: str, address: str) -> None:
         """`peer` is reached at `address` from now on."""
@@ -160,12 +162,13 @@ class Bus:
 
     def learn_reverse(self, peer: str, listen: str) -> None:
         """`peer` will dial us at `listen` and take both planes there."""
-        socket = sockets.pusher(listen=listen)
+        socket = ReverseSender(listen, self._loop)
         self._hang_up(peer)
         self._make_room()
         entry = _Peer(reverse=True)
         line = entry.lines[Plane.CONTROL]
         line.socket = socket
+        socket.on_ready = partial(self._drain, peer, Plane.CONTROL, line)
         entry.lines[Plane.DATA] = line
         self._peers[peer] = entry
         self._addresses[peer] = listen
@@ -174,7 +177,7 @@ class Bus:
         """Whether `peer` has dialed its reverse channel and still holds it."""
         entry = self._peers.get(peer)
         socket = entry.lines[Plane.CONTROL].socket if entry is not None else None
-        return socket is not None and bool(socket.pipes)
+        return isinstance(socket, ReverseSender) and socket.dialed
 
     def forget(self, peer: str) -> None:
         """Drop what is queued to `peer` and everything known of it."""
@@ -228,6 +231,9 @@ class Bus:
             encoded = encode_envelope(body, Envelope(msgspec.Raw(b""), 0, 0, deadline_ms, ""))
             self._encoded = (body, encoded)
         self._line(to, plane).outbox.put(encoded)
+        self._mark(to, plane)
+
+    def _mark(self, to: str, plane: Plane) -> None:
         self._dirty[(to, plane)] = None
         if not self._flush_wanted:
             self._flush_wanted = True
@@ -303,92 +309,73 @@ class Bus:
         dirty, self._dirty = self._dirty, {}
         for to, plane in dirty:
             peer = self._peers.get(to)
-            if peer is not None and not peer.lines[plane].blocked:
+            if peer is not None:
                 self._drain(to, plane, peer.lines[plane])
 
     def _drain(self, to: str, plane: Plane, line: _Line) -> None:
         if line.socket is None and not self._dial(to, plane, line):
             return
         name = self._known_at.get(to, to)  # a cut holds also for what is sent by address
-        while line.outbox.queue:
+        socket = line.socket
+        assert socket is not None
+        for _ in range(SOCKET_BUFFER_FRAMES):
+            if not line.outbox.queue or not socket.ready:
+                return
             frame, count = line.outbox.take(self.cluster, self.identity, self.boot)
             hold_ms = self.filter.outgoing_ms(name)
             if hold_ms == CUT:
                 self.counters["frames_cut"] += 1
             elif hold_ms > 0:
                 self._loop.call_later(hold_ms / 1000, self._send_late, to, plane, frame)
-            elif not self._send_now(to, plane, line, frame):
+            elif not self._send_now(to, plane, socket, frame):
                 return
             line.outbox.drop(count)
+        self._mark(to, plane)  # others first: it may take them as fast as we write
 
     def _dial(self, to: str, plane: Plane, line: _Line) -> bool:
         address = to if "://" in to else self._addresses[to]
         try:
-            line.socket = sockets.pusher(dial=sockets.url(address, plane))
-        except (PeerError, pynng.NNGException) as error:  # no address at all, whoever gave it
+            path = sockets.path(address, plane)
+            ready = partial(self._drain, to, plane, line)
+            line.socket = Sender(path, self._loop, ready, self.counters)
+        except PeerError as error:  # no address at all, whoever gave it
             log.warning("%s cannot be dialed at %r: %s", to, address, error)
             self.counters["frames_dropped"] += 1
             line.outbox.drop(len(line.outbox.queue))
             return False
         return True
 
-    def _send_now(self, to: str, plane: Plane, line: _Line, frame: bytes) -> bool:
-        assert line.socket is not None
-        try:
-            line.socket.send(self._seal.seal(to, plane, frame), block=False)
-        except pynng.TryAgain:
-            line.blocked = True
-            self._loop.add_reader(line.socket.send_fd, self._unblock, to, plane, line)
+    def _send_now(
+        self, to: str, plane: Plane, socket: Sender | ReverseSender, frame: bytes
+    ) -> bool:
+        if not socket.send(self._seal.seal(to, plane, frame)):
             return False
         self.counters["frames_sent"] += 1
         return True
 
     def _send_late(self, to: str, plane: Plane, frame: bytes) -> None:
         peer = self._peers.get(to)
-        if peer is None or peer.lines[plane].socket is None or peer.lines[plane].blocked:
+        socket = peer.lines[plane].socket if peer is not None else None
+        if socket is None or not self._send_now(to, plane, socket, frame):
             self.counters["frames_dropped"] += 1  # a delayed frame has lost its place in the queue
-            return
-        if not self._send_now(to, plane, peer.lines[plane], frame):
-            self.counters["frames_dropped"] += 1
-
-    def _unblock(self, to: str, plane: Plane, line: _Line) -> None:
-        assert line.socket is not None
-        self._loop.remove_reader(line.socket.send_fd)
-        line.blocked = False
-        self._drain(to, plane, line)
 
     def _hang_up(self, peer: str) -> None:
         entry = self._peers.pop(peer, None)
         if entry is None:
             return
         control, data = entry.lines[Plane.CONTROL], entry.lines[Plane.DATA]
-        self._close_line(control)
-        if data is not control:  # a reverse channel is one line for both planes
-            self._close_line(data)
-
-    def _close_line(self, line: _Line) -> None:
-        if line.socket is None:
-            return
-        if line.blocked:
-            self._loop.remove_reader(line.socket.send_fd)
-        line.socket.close()
+        for line in (control,) if data is control else (control, data):  # one where it is reverse
+            if line.socket is not None:
+                line.socket.close()
 
     # -- receiving ----------------------------------------------------------------------------
 
-    def _pull(self, socket: pynng.Pull0, plane: Plane) -> None:
-        self._listeners.append(socket)
-        self._loop.add_reader(socket.recv_fd, self._readable, socket, plane)
+    def _receive(self, address: str, plane: Plane) -> None:
+        path, arrived = sockets.path(address, plane), partial(self._arrived, plane)
+        bad = partial(self._bad, "")
+        self._receivers.append(Receiver(path, self._loop, arrived, bad, self.counters))
 
-    def _readable(self, socket: pynng.Pull0, plane: Plane) -> None:
-        for _ in range(DRAIN_FRAMES_MAX):
-            if self._closed:
-                return
-            sealed = sockets.receive(socket)
-            if sealed is None:
-                return
-            self._arrived(sealed, plane)
-
-    def _arrived(self, sealed: bytes, plane: Plane) -> None:
+    def _arrived(self, plane: Plane, sealed: bytes) -> None:
         try:
             frame = decode_frame(self._seal.open(plane, sealed), self.cluster)
         except PeerError as error:
@@ -455,9 +442,8 @@ class Bus:
             self._trim.cancel()
         if self._door is not None:
             self._door.close()
-        for socket in self._listeners:
-            self._loop.remove_reader(socket.recv_fd)
-            socket.close()
+        for receiver in self._receivers:
+            receiver.close()
         for peer in list(self._peers):
             self._hang_up(peer)
         for future, timer, to in list(self._requests.values()):

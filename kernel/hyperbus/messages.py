@@ -1,6 +1,6 @@
 """What travels between nodes: frames of envelopes, the door's handshake, chunks.
 
-Interface rules: a frame is one nng message; an envelope is one message of a subsystem, its body
+Interface rules: a frame is what leaves at once; an envelope is one message of a subsystem, its body
 still encoded, so that one body that does not decode costs that body and not its neighbours.
 Bodies are members of the one vocabulary that `node.py` assembles from every `messages.py`.
 """
@@ -14,8 +14,8 @@ from msgspec import Meta
 
 from manifold.kernel.limits import FRAME_ENVELOPES_MAX
 
-VERSION = 1
-VERSION_OLDEST = 1  # still understood
+VERSION = 2  # 1 had nng's framing on the lines
+VERSION_OLDEST = 2  # still understood
 
 CLIENT_PREFIX = "C-"  # of a client's identity; a node's is its KID
 
@@ -46,7 +46,7 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True):
-    """One nng message: who sends, and everything for one peer of one loop tick."""
+    """What leaves at once: who sends, and everything for one peer of one loop tick."""
 
     version: int
     cluster: Text

@@ -1,46 +1,109 @@
-"""nng sockets with the sizes set: nng's defaults are unlimited messages and a queue of one.
+"""Where the parts of an address are, who listens there, and what nng does of the bus: the door
+and reverse channels.
 
 Interface rules: nothing here may run before the last fork of a process: nng's threads do not
 survive one, and nng panics if it was used before it.
 An address is a base: `ipc:///dir/name` has the door at `.d`, control at `.c` and data at `.a`.
+Control and data are lines of streams.py. nng's own defaults are unlimited messages and a queue of
+one: every size is set here.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import functools
+import os
 import socket
-from typing import Any, TypeVar
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pynng
 
 from manifold.kernel.effects import Plane
-from manifold.kernel.errors import PeerError
-from manifold.kernel.limits import FRAME_BYTES_MAX, SOCKET_BUFFER_FRAMES
+from manifold.kernel.errors import PeerError, Unavailable
+from manifold.kernel.hyperbus.splitter import SEALED_BYTES_MAX
+from manifold.kernel.limits import DRAIN_FRAMES_MAX, SOCKET_BUFFER_FRAMES
+from manifold.kernel.process.remains import answers
 
-# Room for a seal's counter and tag around the largest frame.
-SEALED_BYTES_MAX = FRAME_BYTES_MAX + 256
 NNG_THREADS = 1  # of each kind; two task threads are nng's own least
 RECONNECT_MS_MIN = 20
 RECONNECT_MS_MAX = 1000
 
-# How the end of a connection begins that requests, and one that pushes: "SP", version, protocol.
-REQUESTER, PUSHER = b"\0SP\0\0\x30\0\0", b"\0SP\0\0\x50\0\0"
+# How whoever connects has to begin: at the door "SP", version and protocol of nng, at a line with
+# nothing.
+REQUESTER, PUSHER = b"\0SP\0\0\x30\0\0", b""
 GREETING_S = 0.05
 
+PATH_BYTES_MAX = 107  # sun_path holds 108 with its NUL
+BACKLOG = 256  # a question to 256 nodes is answered by all of them at once
+SCHEME = "ipc://"
 DOOR = "door"
-T = TypeVar("T", pynng.Pull0, pynng.Push0)
 _ENDING = {DOOR: ".d", Plane.CONTROL: ".c", Plane.DATA: ".a"}
 
 
 def url(address: str, part: Plane | str) -> str:
-    """The nng URL of one part of an address."""
+    """The URL of one part of an address."""
     if not address.startswith("ipc:///"):
         raise PeerError(
             f"{address!r} is not an address.",
             "Until frames are sealed only ipc:///path is served, in a directory of mode 0700.",
         )
     return address + _ENDING[part]
+
+
+def path(address: str, plane: Plane) -> str:
+    """Where the line of a plane is in the file system."""
+    return url(address, plane).removeprefix(SCHEME)
+
+
+def checked(path: str) -> str:
+    """`path`, which a socket can have; `PeerError` where it cannot."""
+    try:
+        size = len(os.fsencode(path))
+    except UnicodeEncodeError as error:
+        raise PeerError(f"{path!r} is not a path.") from error
+    if size > PATH_BYTES_MAX or "\0" in path:
+        raise PeerError(
+            f"{path!r} is not the path of a socket.", f"It has {PATH_BYTES_MAX} bytes at most."
+        )
+    return path
+
+
+def listening(path: str) -> socket.socket:
+    """A socket that listens there; what a process that was killed has left is taken away."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.setblocking(False)
+    try:
+        try:
+            listener.bind(path)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not _left_behind(path):
+                raise
+            os.unlink(path)
+            listener.bind(path)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise Unavailable(
+            f"Nothing can be received at {path}: {error}.", "Does it run already?"
+        ) from error
+    return listener
+
+
+def _left_behind(path: str) -> bool:
+    return stat.S_ISSOCK(os.lstat(path).st_mode) and not answers(Path(path))
+
+
+def file_of(path: str) -> tuple[int, int]:
+    """Which file it is; (0, 0) where there is none."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return (0, 0)
+    return (found.st_dev, found.st_ino)
 
 
 @functools.cache
@@ -65,26 +128,78 @@ def _limits() -> dict[str, Any]:
     }
 
 
-def puller(listen: str = "", dial: str = "") -> pynng.Pull0:
-    """A socket to receive on, listening or (a reverse channel) dialing."""
-    return _placed(pynng.Pull0(recv_buffer_size=SOCKET_BUFFER_FRAMES, **_limits()), listen, dial)
+class ReverseReceiver:
+    """Our end of a reverse channel: dials, and gives each frame that comes to `on_frame`."""
+
+    def __init__(
+        self, dial: str, loop: asyncio.AbstractEventLoop, on_frame: Callable[[bytes], None]
+    ) -> None:
+        self._loop = loop
+        self._on_frame = on_frame
+        self._closed = False
+        self._socket = pynng.Pull0(recv_buffer_size=SOCKET_BUFFER_FRAMES, **_limits())
+        try:
+            self._socket.dial(dial, block=False)
+        except pynng.NNGException:
+            self._socket.close()
+            raise
+        loop.add_reader(self._socket.recv_fd, self._readable)
+
+    def _readable(self) -> None:
+        for _ in range(DRAIN_FRAMES_MAX):
+            frame = None if self._closed else receive(self._socket)
+            if frame is None:
+                return
+            self._on_frame(frame)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._loop.remove_reader(self._socket.recv_fd)
+            self._socket.close()
 
 
-def pusher(listen: str = "", dial: str = "") -> pynng.Push0:
-    """A socket to send on, dialing or (a reverse channel) listening."""
-    return _placed(pynng.Push0(send_buffer_size=SOCKET_BUFFER_FRAMES, **_limits()), listen, dial)
+class ReverseSender:
+    """A reverse channel: listens, and sends to whoever dials. As `streams.Sender`."""
+
+    def __init__(self, listen: str, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._socket = pynng.Push0(send_buffer_size=SOCKET_BUFFER_FRAMES, **_limits())
+        self.ready = True  # nng has room, as far as is known
+        self.on_ready: Callable[[], None] = _nobody_waits
+        try:
+            self._socket.listen(listen)
+        except pynng.NNGException:
+            self._socket.close()
+            raise
+
+    @property
+    def dialed(self) -> bool:
+        return bool(self._socket.pipes)
+
+    def send(self, frame: bytes) -> bool:
+        try:
+            self._socket.send(frame, block=False)
+        except pynng.TryAgain:
+            if self.ready:
+                self.ready = False
+                self._loop.add_reader(self._socket.send_fd, self._room)
+            return False
+        return True
+
+    def _room(self) -> None:
+        self._loop.remove_reader(self._socket.send_fd)
+        self.ready = True
+        self.on_ready()
+
+    def close(self) -> None:
+        if not self.ready:
+            self._loop.remove_reader(self._socket.send_fd)
+        self._socket.close()
 
 
-def _placed(sock: T, listen: str, dial: str) -> T:
-    try:
-        if listen:
-            sock.listen(listen)
-        else:
-            sock.dial(dial, block=False)
-    except pynng.NNGException:
-        sock.close()
-        raise
-    return sock
+def _nobody_waits() -> None:
+    """Until somebody asks to be told."""
 
 
 def receive(sock: pynng.Pull0 | pynng.Rep0) -> bytes | None:
@@ -126,7 +241,9 @@ def listens(url: str, greeting: bytes) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)  # connecting on one host ends at once, either way
         try:
-            probe.connect(url.removeprefix("ipc://"))
+            probe.connect(url.removeprefix(SCHEME))
+            if not greeting:
+                return True
             # A connection that ends without a greeting makes nng refuse others for 100 ms.
             probe.settimeout(GREETING_S)
             probe.sendall(greeting)

@@ -6,6 +6,7 @@ import asyncio
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -276,6 +277,61 @@ def test_a_process_killed_without_goodbye_is_reached_again_when_it_is_back(run: 
                 process.communicate()
         for path in net.folder.glob("K-2.*"):
             path.unlink()  # of the last life, which was killed
+
+    run(test)
+
+
+def test_a_stopped_process_blocks_nobody_and_gets_what_waited_when_it_goes_on(run: Run) -> None:
+    async def test(net: Net) -> None:
+        one, three = net.bus("K-1"), net.bus("K-3")
+        one.learn("K-2", net.address("K-2"))
+        one.learn("K-3", net.address("K-3"))
+        process = subprocess.Popen(
+            [sys.executable, "-c", OTHER, net.address("K-2"), net.address("K-1")],
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            assert process.stdout is not None
+            assert await asyncio.to_thread(process.stdout.readline) == "up\n"
+            await net.until_answered(one, f"{process.pid} got x", "x")
+            process.send_signal(signal.SIGSTOP)
+            lines = LogLines("x", 1, (secrets.token_hex(1000),) * 6000)  # 12 MB: more than a socket
+            began = time.monotonic()
+            one.send("K-2", lines, Plane.DATA)
+            with pytest.raises(Unavailable, match="full"):
+                for _ in range(100):
+                    one.send("K-2", lines, Plane.DATA)
+            asked = one.request("K-2", Done("waited"), 60_000)
+            one.send("K-3", Done("another"))
+            await net.until(lambda: net.got["K-3"])
+            assert time.monotonic() - began < 10
+            assert not asked.done()
+            process.send_signal(signal.SIGCONT)
+            assert await asked == Done(f"{process.pid} got waited")
+            assert three.counters["frames_received"] == 1
+        finally:
+            process.kill()
+            process.communicate()
+        for path in net.folder.glob("K-2.*"):
+            path.unlink()
+
+    run(test)
+
+
+def test_what_is_sent_while_nobody_listens_yet_arrives_in_order(run: Run) -> None:
+    async def test(net: Net) -> None:
+        one = net.bus("K-1")
+        one.learn("K-2", net.address("K-2"))
+        for number in range(PEER_QUEUE_ENVELOPES_MAX):
+            one.send("K-2", Done(str(number)))
+            if number % 100 == 0:
+                await asyncio.sleep(0)
+        two = net.bus("K-2")
+        await net.until(lambda: len(net.got["K-2"]) == PEER_QUEUE_ENVELOPES_MAX)
+        assert [incoming.body.what for incoming in net.got["K-2"]] == [
+            str(number) for number in range(PEER_QUEUE_ENVELOPES_MAX)
+        ]
+        assert two.counters["frames_received"] == 2  # what came meanwhile left together
 
     run(test)
 

@@ -31,6 +31,8 @@ from manifold.kernel.hyperbus import sockets
 from manifold.kernel.hyperbus.door import knock
 from manifold.kernel.hyperbus.frames import encode_envelope
 from manifold.kernel.hyperbus.messages import CHUNK_BYTES, VERSION, Chunk, Envelope, Hello
+from manifold.kernel.hyperbus.splitter import LENGTH, SEALED_BYTES_MAX, framed
+from manifold.kernel.hyperbus.streams import CONNECTIONS_MAX
 from manifold.kernel.limits import FRAME_BYTES_MAX, FRAME_ENVELOPES_MAX, PEERS_MAX
 from manifold.shells.sdk import Client
 from manifold.tools.emulator.testing import TestCluster
@@ -59,13 +61,15 @@ class Target:
         found: m.NodeInfo = self.client.ask(m.GetNode())
         return found
 
-    def pusher(self, plane: Plane) -> pynng.Push0:
-        url = sockets.url(self.address, plane)
-        return self.stack.enter_context(pynng.Push0(dial=url, send_timeout=5000))
+    def pusher(self, plane: Plane) -> socket.socket:
+        raw = self.stack.enter_context(socket.socket(socket.AF_UNIX))
+        raw.settimeout(5)
+        raw.connect(sockets.path(self.address, plane))
+        return raw
 
-    def push(self, push: pynng.Push0, data: bytes) -> None:
-        with suppress(pynng.Timeout, pynng.ConnectionReset, pynng.Closed):
-            push.send(data)
+    def push(self, push: socket.socket, data: bytes) -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):  # the node has had enough of it
+            push.sendall(framed(data))
 
     def until_counted(self, count: int) -> None:
         """Until that many drops more were counted than before."""
@@ -276,7 +280,7 @@ def test_the_door_answers_whatever_is_said_to_it(target: Target) -> None:
     [
         (Hello(VERSION, "x" * 256, "C-1", 1, ""), "not 'x"),
         (Hello(VERSION, "\x01" * 256, "C-1", 1, ""), "not '"),
-        (Hello(VERSION + 7, CLUSTER, "C-1", 1, ""), "version 8"),
+        (Hello(VERSION + 7, CLUSTER, "C-1", 1, ""), f"version {VERSION + 7}"),
         (Hello(VERSION, CLUSTER, "C-1", 1, "tcp://127.0.0.1:80"), "not in this node's directory"),
         (Hello(VERSION, CLUSTER, "C-1", 1, "ipc:///tmp/elsewhere"), "not in this node's directory"),
     ],
@@ -328,22 +332,29 @@ def test_many_who_ask_for_a_reverse_channel_get_few(target: Target) -> None:
     assert channels() <= 16
 
 
-# -- below nng ------------------------------------------------------------------------------------
+# -- below the frames -----------------------------------------------------------------------------
 
 
 def every_socket(target: Target) -> list[str]:
     return [f"{target.path}{ending}" for ending in (".d", ".c", ".a")]
 
 
-def test_raw_bytes_instead_of_a_handshake_are_survived(target: Target) -> None:
+def test_raw_bytes_instead_of_a_handshake_or_a_frame_are_survived(target: Target) -> None:
     random = target.random
     paths = every_socket(target)
     header = b"\0SP\0" + struct.pack(">HH", 80, 0)  # a handshake of nng, as a push socket makes it
     length = struct.pack(">BQ", 1, 1 << 62)
+    whole = framed(frame(encode_envelope(m.GetNode())))
 
     def act() -> None:
         data = random.choice(
-            [random.randbytes(64), header[:3], header, header + length, header + length[:4], b""]
+            [
+                random.randbytes(64),
+                header[: random.choice((3, len(header)))],
+                header + length[: random.choice((4, len(length)))],
+                whole[: random.randrange(len(whole))],
+                whole + LENGTH.pack(1 << 31) + whole,
+            ]
         )
         with socket.socket(socket.AF_UNIX) as raw, suppress(OSError):
             raw.settimeout(1)
@@ -351,6 +362,50 @@ def test_raw_bytes_instead_of_a_handshake_are_survived(target: Target) -> None:
             raw.sendall(data)
 
     while_time(act)
+
+
+@pytest.mark.parametrize("length", [SEALED_BYTES_MAX + 1, 1 << 24, 1 << 31, (1 << 32) - 1])
+def test_a_length_that_no_frame_has_ends_the_connection_and_is_counted(
+    target: Target, length: int
+) -> None:
+    for plane in Plane:
+        push = target.pusher(plane)
+        push.sendall(LENGTH.pack(length) + b"x" * 1000)
+        with suppress(ConnectionResetError):  # closed with something unread
+            assert push.recv(1) == b""
+    target.until_counted(2)
+    assert target.info().bad_messages == target.before.bad_messages + 2
+
+
+def test_a_frame_that_comes_byte_by_byte_or_never_ends_costs_nobody_else_anything(
+    target: Target,
+) -> None:
+    slow = target.pusher(Plane.CONTROL)
+    never = [target.pusher(plane) for plane in Plane for _ in range(20)]
+    before = resident_bytes(target.before.pid)
+    for push in never:
+        push.sendall(LENGTH.pack(SEALED_BYTES_MAX) + b"x" * 1000)
+    for byte in framed(b"no frame"):
+        target.check()
+        slow.sendall(bytes([byte]))
+    target.until_counted(1)
+    assert resident_bytes(target.before.pid) - before < 20 << 20  # what is not sent is not held
+
+
+def test_more_connections_than_are_held_keep_nobody_out(target: Target) -> None:
+    with ExitStack() as held:
+        for number in range(CONNECTIONS_MAX + 100):
+            raw = held.enter_context(socket.socket(socket.AF_UNIX))
+            raw.settimeout(5)
+            raw.connect(sockets.path(target.address, Plane.CONTROL))
+            if number % 200 == 0:
+                target.check()
+        descriptors = len(os.listdir(f"/proc/{target.before.pid}/fd"))
+        assert descriptors < CONNECTIONS_MAX + 300
+        target.check()
+        with Client(CLUSTER, node=target.before.alias, environ=target.cluster.environ) as client:
+            assert client.ask(m.GetNode()).pid == target.before.pid
+    target.check()
 
 
 def test_hundreds_of_connections_that_say_nothing_keep_nobody_out(target: Target) -> None:
@@ -431,6 +486,8 @@ def made(info: Any, random: Random, depth: int) -> Any:
             return found if isinstance(info, inspect.ListType) else tuple(found)
         case inspect.TupleType():
             return tuple(made(each, random, depth + 1) for each in info.item_types)
+        case inspect.NamedTupleType():
+            return info.cls(*(made(each.type, random, depth + 1) for each in info.fields))
         case inspect.DictType():
             return {}
         case inspect.LiteralType():
