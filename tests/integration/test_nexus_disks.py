@@ -360,7 +360,7 @@ def test_a_clock_set_back_a_day_upsets_neither_leases_nor_timeouts(
     cluster = place.up()
     holder, other, third = cluster.aliases
     here, there = cluster.client(holder), cluster.client(other)
-    held = here.ask(Acquire("cluster/lease", "one", 1500.0))
+    held = here.ask(Acquire("leases/one", "one", 1500.0))
     assert held.status == "ok"
     place.done(here, "globals/count", Add(1))
 
@@ -372,11 +372,11 @@ def test_a_clock_set_back_a_day_upsets_neither_leases_nor_timeouts(
     assert last[:10] < first[:10], "the wall clock has gone back in the nodes"
 
     began_s = time.monotonic()
-    answer = there.ask(Acquire("cluster/lease", "two", 1500.0, 4000.0))
+    answer = there.ask(Acquire("leases/one", "two", 1500.0, 4000.0))
     assert answer.status != "ok", "the holder has renewed it all the time"
     assert time.monotonic() - began_s < 8.0
     assert place.done(there, "globals/count", Add(1)).data == 2
-    lease = place.done(there, "cluster/lease", Get()).data
+    lease = place.done(there, "leases/one", Get()).data
     assert isinstance(lease, Lease)
     assert lease.holder == "one"
 
@@ -386,7 +386,7 @@ def test_a_clock_set_back_a_day_upsets_neither_leases_nor_timeouts(
     assert place.operate(there, "globals/count", Add(1), 1000.0).status in ("unavailable", "maybe")
     assert 0.5 < time.monotonic() - began_s < 5.0, "a timeout is what it says"
     cluster.resume(third)
-    answer = there.ask(Acquire("cluster/lease", "two", 1500.0, 8000.0))
+    answer = there.ask(Acquire("leases/one", "two", 1500.0, 8000.0))
     assert answer.status == "ok", "who does not renew it loses it after its time"
     assert answer.fence is not None
     assert held.fence is not None

@@ -189,8 +189,10 @@ class Observed(Core):
 def left_over(core: Core) -> str:
     """J6: what an idle node still holds; "" where it is clean."""
     owner, runner, geode = core.scheduler.owner, core.scheduler.runner, core.geode
-    if owner.jobs:
-        return f"{len(owner.jobs)} jobs run: {next(iter(owner.jobs))}"
+    # What no living node may run waits for such a node, and costs nothing (owner.NOBODY_MS).
+    left = [job.job for job in owner.jobs.values() if job.starved_since_ms < 0]
+    if left:
+        return f"{len(left)} jobs run: {left[0]}"
     if runner.held or runner.running() or runner.waiting() or runner.load().queued_gas:
         return f"{runner.held} attempts are held, {runner.load().queued_gas} gas queued"
     if owner.peers.live():

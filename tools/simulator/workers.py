@@ -100,7 +100,8 @@ class Workers:
     lost: int = 0
     blocks_done: int = 0
     _runs: dict[tuple[int, int], _Run] = field(default_factory=dict)
-    _gone: dict[tuple[int, int], None] = field(default_factory=dict)  # lost; the node is to be told
+    # Lost, and the node is to be told: of the run that was on, and of those it started meanwhile.
+    _gone: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     _results: dict[tuple[JobSpec, int], Result] = field(default_factory=dict)
     _world: World | None = None
 
@@ -128,13 +129,14 @@ class Workers:
             return
 
         def told(core: Any, now_ms: float) -> list[Effect]:
-            del self._gone[key]
-            effects: list[Effect] = core.run_lost(slot, run.start.run, "its worker ended", now_ms)
+            effects: list[Effect] = []
+            for number in self._gone.pop(key):
+                effects += core.run_lost(slot, number, "its worker ended", now_ms)
             return effects
 
         run.over = True
         self.lost += 1
-        self._gone[key] = None
+        self._gone[key] = [run.start.run]
         self._tell(node, told)
 
     def result(self, spec: JobSpec, program: Program, block: int) -> Result:
@@ -149,7 +151,8 @@ class Workers:
         assert self._world is not None
         key = (node.index, event.worker)
         if key in self._gone:
-            return  # sent to a process that has ended
+            self._gone[key].append(event.run)  # sent to a process that has ended
+            return
         if key in self._runs:
             self.failures.append(f"V1 slot {event.worker} of node {node.index} has two runs")
         self._admit(node, event)
