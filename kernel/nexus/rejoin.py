@@ -70,7 +70,12 @@ class Rejoin:
         if self._me in listed and not others:
             return self._over("this node was the only voter: what was agreed is lost with its disk")
         if self._me in listed:
-            return self._change(others, config.epoch)
+            removed: list[Effect] = []
+            if self.step == "damaged":  # before it is done: it may be, and nobody tell us
+                self.step = "removed"
+                why = "the disk that this node voted with is to be no voter any more"
+                removed = [Notify(RejoinStep("removed", why))]
+            return [*removed, *self._change(others, config.epoch)]
         if self.step == "damaged" or len(others) >= VOTERS_MAX:
             return self._over("this node does not vote any more")
         return self._change((*others, self._me), config.epoch)
@@ -86,8 +91,4 @@ class Rejoin:
 
     def answered(self, token: int, answer: Answer, now_ms: float) -> list[Effect]:
         self._asked = False
-        effects: list[Effect] = [SetTimer(now_ms + LOOK_MS)]
-        if answer.status == "ok" and self.step == "damaged":
-            self.step = "removed"
-            effects.append(Notify(RejoinStep("removed", "its lost disk is no voter any more")))
-        return effects
+        return [SetTimer(now_ms + LOOK_MS)]

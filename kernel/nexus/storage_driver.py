@@ -151,7 +151,7 @@ class Commits:
             if size > BATCH_BYTES:
                 break
         self._running, self._waiting = self._waiting[:taken], self._waiting[taken:]
-        if self._fast >= FAST_IN_A_ROW or not changes:
+        if self._fast >= FAST_IN_A_ROW:
             self._done(*self._sync(list(changes.items())))
             return
         if self._thread is None:
@@ -173,16 +173,19 @@ class Commits:
     def _sync(self, changes: list[Change]) -> tuple[BaseException | None, float]:
         """In whichever thread; what went wrong is judged in `_done`."""
         begun_s = time.perf_counter()
+        if not changes:
+            return None, 0.0
         try:
-            if changes:
-                if self._storage is None:
-                    self._storage = storage.open(self._folder, self._files)
-                self._storage.append(changes)
+            if self._storage is None:
+                self._storage = storage.open(self._folder, self._files)
+            self._storage.append(changes)
         except BaseException as fault:
             return fault, 0.0
         return None, time.perf_counter() - begun_s
 
     def _done(self, error: BaseException | None, took_s: float) -> None:
+        if self.stopped:
+            return
         if error is not None:
             self.stopped = str(error)
             self._waiting.clear()
@@ -191,7 +194,8 @@ class Commits:
             self._failed(error)
             return
         self.batches += 1
-        self._fast = self._fast + 1 if took_s < SLOW_S else 0
+        if took_s:  # else there was nothing to write
+            self._fast = self._fast + 1 if took_s < SLOW_S else 0
         done, self._running = self._running, []
         if self._waiting and not self._wake:  # what came meanwhile is synced while we answer
             if self._fast >= FAST_IN_A_ROW:

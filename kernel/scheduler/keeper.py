@@ -87,6 +87,11 @@ class Keeper(Takeover):
             return 0.0
         return self._retained[0][0] if self._retained and self._known else float("inf")
 
+    def keeps(self, job: str) -> bool:
+        """Whether its record is ours."""
+        guard = self.guards.get(job)
+        return guard is not None and guard.claimed
+
     def waits(self, job: str) -> bool:
         """Whether it is not begun yet: it is looked for, or not recorded."""
         guard = self.guards.get(job)
@@ -96,6 +101,9 @@ class Keeper(Takeover):
 
     def begin(self, job: Job, again: bool, now_ms: float) -> list[Effect]:
         """A job was submitted: begin it, now or when it is recorded."""
+        if job.spec.effects and len(self.guards) >= GUARDS_MAX:
+            job.fault = Fault("busy", "This node keeps too many jobs already.", "Come again.")
+            return self._owner.end(job, "failed", now_ms)
         if job.spec.effects:
             guard = self._guard(job, now_ms)
             if not guard.head:
@@ -195,12 +203,14 @@ class Keeper(Takeover):
 
     def _step(self, guard: Guard, now_ms: float) -> list[Effect]:
         """K4: the next thing to do for it, if it is time."""
-        if guard.busy or self.guards.get(guard.job.job) is not guard:
+        if self.guards.get(guard.job.job) is not guard:
+            return []
+        if not guard.begun and not guard.over and now_ms - guard.since_ms > VOTERS_MS:
+            return self._without_voters(guard, now_ms)
+        if guard.busy:
             return []
         if guard.over and not guard.claimed:
             return self._unmade(guard)
-        if not guard.begun and not guard.over and now_ms - guard.since_ms > VOTERS_MS:
-            return self._without_voters(guard, now_ms)
         if not self._known or now_ms < guard.due_ms:
             return []
         if guard.job.job not in self._listed:
@@ -274,7 +284,9 @@ class Keeper(Takeover):
         tail, spans = records.take_results(guard.job, guard.fresh, records.TAIL_BYTES)
         if guard.full or records.covers(spans, guard.fresh):
             return self._write_record(guard, tail, spans, now_ms)
-        data, spans = records.take_results(guard.job, guard.fresh, records.CHUNK_BYTES)
+        if guard.chunk is None:
+            guard.chunk = records.take_results(guard.job, guard.fresh, records.CHUNK_BYTES)
+        data, spans = guard.chunk
         if not spans or not guard.room:
             return self._too_large(guard, now_ms)
 
@@ -282,6 +294,7 @@ class Keeper(Takeover):
             if answer.status != "ok":
                 return self._wait(guard, now_ms)
             guard.written += 1
+            guard.chunk = None
             guard.chunked = records.merge_runs(guard.chunked, spans)
             guard.fresh = records.without(guard.fresh, spans)
             return self._step(guard, now_ms)
@@ -310,7 +323,8 @@ class Keeper(Takeover):
         results = None
         if guard.over and job.state == "done":
             done = tuple(result for result in job.results if result is not None)
-            results = done if outcome.nbytes(done) < records.RESULTS_BYTES_MAX else None
+            small = outcome.nbytes(done) < records.RESULTS_BYTES_MAX
+            results = done if small and len(records.encode(done)) < records.CHUNK_BYTES else None
         saving, over = records.merge_runs(guard.chunked, spans), guard.over
         record = JobRecord(
             job.job, owner.me, self._boot, guard.generation, guard.seq, job.state, job.detach,
@@ -346,7 +360,12 @@ class Keeper(Takeover):
             if answer.status != "ok":
                 guard.busy = True
                 return self._retry(now_ms, look)
-            found = record_of(answer)
+            try:
+                found = record_of(answer)
+            except records.Damaged as error:
+                self._forget(guard)
+                self._waiting[record.job] = (guard.job, float("inf"))
+                return self._unreadable(record.job, str(error), now_ms) if not guard.over else []
             if found is None:
                 if guard.claimed:  # it was there: somebody has removed it
                     return self._owner.lose(guard.job, now_ms)
@@ -373,6 +392,9 @@ class Keeper(Takeover):
     ) -> list[Effect]:
         """A job that was submitted to us has a record of another owner."""
         job = guard.job
+        if guard.over:
+            self._forget(guard)
+            return []
         if not guard.begun:
             self._forget(guard)
             self._waiting[job.job] = (job, float("inf"))
@@ -435,10 +457,10 @@ class Keeper(Takeover):
     # -- our list -------------------------------------------------------------------------------
 
     def _list(self, now_ms: float) -> list[Effect]:
-        if self._listing or not self._known or list(self._wanted) == list(self._listed):
+        wanted = dict(list(self._wanted.items())[-records.OWNED_MAX :])
+        if self._listing or not self._known or list(wanted) == list(self._listed):
             return []
         self._listing = True
-        wanted = dict(list(self._wanted.items())[-records.OWNED_MAX :])
 
         def written(answer: Answer, now_ms: float) -> list[Effect]:
             self._listing = False

@@ -99,10 +99,10 @@ class Owner(Planner):
         return self.jobs.get(name) or self.shelf.jobs.get(name)
 
     def _asked(self, job: Job, client: str, now_ms: float) -> None:
-        if job.asked_ms >= 0:
-            job.asked_ms = now_ms
         if client and job.state == "running":
             self._watch(job, client)
+        if job.asked_ms >= 0:
+            job.asked_ms = now_ms
 
     def _watch(self, job: Job, client: str) -> None:
         if len(job.watchers) >= WATCHERS_MAX:
@@ -123,8 +123,11 @@ class Owner(Planner):
             case WatchJob():
                 self._asked(job, client, now_ms)
                 return self.status(job, now_ms), []
-            case KillJob(moved=True) if job.state == "running":
-                return self.status(job, now_ms), self.lose(job, now_ms)
+            case KillJob(moved=True):
+                # Its client believes that somebody else has it. Where a record says who, it does.
+                kept = self.keeper.keeps(job.job)
+                effects = [] if kept or job.state != "running" else self.lose(job, now_ms)
+                return self.status(job, now_ms), effects
             case KillJob():
                 effects = [] if job.state != "running" else self.end(job, "cancelled", now_ms)
                 return self.status(job, now_ms), effects

@@ -210,6 +210,14 @@ def restore(record: JobRecord, chunks: Sequence[bytes], now_ms: float) -> tuple[
     return job, fill(job, runs)
 
 
+def runs_of(chunk: bytes) -> list[Run]:
+    """The blocks whose results an encoded chunk holds."""
+    if not chunk:
+        return []
+    parts = decode_chunk(chunk).runs
+    return merge_runs([(first, first + len(results)) for first, results in parts], ())
+
+
 def fill(job: Job, runs: Sequence[Run]) -> list[Run]:
     """Count what `job.results` hold, and cut the rest into pending shards."""
     counted = merge_runs(runs, ())

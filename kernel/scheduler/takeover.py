@@ -21,6 +21,7 @@ from manifold.kernel import rendezvous
 from manifold.kernel.effects import Effect, Notify
 from manifold.kernel.nexus.ask import Ask
 from manifold.kernel.nexus.messages import Answer, CasVersion, ClientChange, Get, Operate
+from manifold.kernel.process.messages import Fault
 from manifold.kernel.scheduler import records
 from manifold.kernel.scheduler.ledger import Job
 from manifold.kernel.scheduler.records import JobRecord, Run
@@ -52,6 +53,7 @@ class Guard:
     fresh: list[Run] = field(default_factory=list)  # counted, not in a chunk
     chunked: list[Run] = field(default_factory=list)  # in a chunk of this owner
     saved: list[Run] = field(default_factory=list)  # what the record tells of
+    chunk: tuple[bytes, list[Run]] | None = None  # that is being written: the same till it is done
     admit: list[str] = field(default_factory=list)  # globals that do not know the job yet
     begun: bool = False
     completing: bool = False
@@ -88,6 +90,10 @@ class Takeover(ABC):
         self._retained: deque[tuple[float, str, tuple[tuple[int, int], ...]]] = deque()
 
     @abstractmethod
+    def begin(self, job: Job, again: bool, now_ms: float) -> list[Effect]:
+        """A job was submitted: begin it, now or when it is recorded."""
+
+    @abstractmethod
     def _step(self, guard: Guard, now_ms: float) -> list[Effect]:
         """The next thing to do for a job that is kept."""
 
@@ -109,9 +115,9 @@ class Takeover(ABC):
     def _retain(self, job: str, chunks: tuple[tuple[int, int], ...], now_ms: float) -> None:
         """For clients that submit it again; not for ever."""
         self._retained.append((now_ms + self._owner.config.retain_ms, job, chunks))
-        if len(self._retained) > RETAINED_MAX:
-            _, job, chunks = self._retained.popleft()
-            self._retained.appendleft((now_ms, job, chunks))
+        for at in range(len(self._retained) - RETAINED_MAX):  # these are due at once
+            _, job, chunks = self._retained[at]
+            self._retained[at] = (now_ms, job, chunks)
 
     # -- jobs of others ---------------------------------------------------------------------------
 
@@ -146,14 +152,31 @@ class Takeover(ABC):
         def read(answer: Answer, now_ms: float) -> list[Effect]:
             if answer.status != "ok":
                 return self._retry(now_ms, lambda: self._look(job))
-            record = record_of(answer)
+            try:
+                record = record_of(answer)
+            except records.Damaged as error:
+                return self._unreadable(job, str(error), now_ms)
             if record is not None:
                 return self._found(record, answer.version, now_ms)
             self._wanted.pop(job, None)
             waiting = self._waiting.pop(job, None)
-            return self._owner.begin(waiting[0], now_ms) if waiting is not None else []
+            if waiting is None:
+                return []
+            if waiting[0].spec.effects:  # K3: recorded first
+                return self.begin(waiting[0], False, now_ms)
+            return self._owner.begin(waiting[0], now_ms)
 
         return [self._ask(records.job_key(job), Get(), read)]
+
+    def _unreadable(self, job: str, why: str, now_ms: float) -> list[Effect]:
+        """Another release wrote it, or it is damaged: it is left alone."""
+        self._wanted.pop(job, None)
+        waiting = self._waiting.pop(job, None)
+        if waiting is None:
+            return []
+        message = f"What was kept of this job cannot be read: {why}."
+        waiting[0].fault = Fault("damaged", message, "Submit it under another id.")
+        return self._owner.end(waiting[0], "failed", now_ms)
 
     def _found(self, record: JobRecord, version: int, now_ms: float) -> list[Effect]:
         """A record of a job that we own no more, or never did."""
@@ -207,10 +230,21 @@ class Takeover(ABC):
         waiting = self._waiting.pop(claim.job, None)
         if claim.job in self.guards or (waiting is None and claim.job in self._owner.jobs):
             return []
+        ended = self._owner.shelf.jobs.get(claim.job)
+        if ended is not None:  # it was killed here while we looked for it: its record is to say so
+            guard = self.guards[claim.job] = Guard(ended, now_ms, claim.generation)
+            guard.earlier, guard.version = list(claim.chunks), version
+            guard.claimed = guard.begun = guard.over = True
+            return self._step(guard, now_ms)
         try:
             job, saved = records.restore(claim, chunks, now_ms)
         except records.Damaged as error:
             return self._owner.damaged(claim, waiting[0] if waiting else None, str(error), now_ms)
+        if waiting is not None and waiting[0].spec != job.spec:
+            waiting[0].fault = Fault(
+                "refused", "Another job has this id.", "Submit it under an id of its own."
+            )
+            return [*self._owner.end(waiting[0], "failed", now_ms), *self._look(claim.job)]
         if waiting is not None:  # its client is here: that is the job it watches
             mine = waiting[0]
             mine.started_ms, mine.retries, mine.results = job.started_ms, job.retries, job.results
@@ -219,14 +253,22 @@ class Takeover(ABC):
         guard = self.guards[job.job] = Guard(job, now_ms, claim.generation)
         guard.earlier, guard.version, guard.claimed = list(claim.chunks), version, True
         guard.saved, guard.admit = saved, list(job.spec.effects)
+        guard.fresh = records.runs_of(claim.tail)  # K2: they are in no chunk yet
         guard.begun = not job.spec.effects
         effects = self._owner.adopt(job, waiting is None, now_ms)
         return effects + self._step(guard, now_ms)
 
 
 def owned_of(answer: Answer) -> tuple[str, ...]:
-    return records.decode_owned(answer.data).jobs if isinstance(answer.data, bytes) else ()
+    try:
+        return records.decode_owned(answer.data).jobs if isinstance(answer.data, bytes) else ()
+    except msgspec.MsgspecError:
+        return ()  # of a release that we do not understand: its jobs are looked for by name only
 
 
 def record_of(answer: Answer) -> JobRecord | None:
-    return records.decode_record(answer.data) if isinstance(answer.data, bytes) else None
+    """What a register says of a job; raises `records.Damaged`, which is not the same as nothing."""
+    try:
+        return records.decode_record(answer.data) if isinstance(answer.data, bytes) else None
+    except msgspec.MsgspecError as error:
+        raise records.Damaged(str(error)) from error

@@ -32,6 +32,7 @@ from manifold.shells.sdk.connection import Connection
 from manifold.shells.sdk.future import JobFailed, error_of
 
 CHECK_S = 1.0  # a job of which nothing was heard for so long is asked about
+ALIVE_S = 10.0  # who took a job over ends it where no client has asked about it for 30 s
 ASK_TIMEOUT_MS = 1500.0
 RESUBMITS_MAX = 20
 LOST_S = 5.0  # with no node that answers: a supervisor starts a node again within a second
@@ -74,8 +75,8 @@ class Job:
     """One submitted job."""
 
     __slots__ = (
-        "answer", "awaited", "detach", "fetching", "finished", "heard_s", "ir", "job", "killed",
-        "lost_s", "owner", "parcels", "resubmits", "spec", "taken", "task",
+        "answer", "asked_s", "awaited", "detach", "fetching", "finished", "heard_s", "ir", "job",
+        "killed", "lost_s", "owner", "parcels", "resubmits", "spec", "taken", "task",
     )  # fmt: skip
 
     def __init__(
@@ -96,6 +97,7 @@ class Job:
         self.awaited = awaited
         self.answer: asyncio.Future[Any] | None = None  # to the submission, once it was sent
         self.heard_s = 0.0
+        self.asked_s = 0.0
         self.lost_s = 0.0
         self.resubmits = 0
         self.taken = 0  # results that were told by `some`
@@ -178,7 +180,9 @@ class Jobs:
                     async with asyncio.timeout(CHECK_S):
                         await job.finished.wait()
                 except TimeoutError:
-                    if loop.time() - job.heard_s >= CHECK_S:
+                    now_s = loop.time()
+                    if now_s - job.heard_s >= CHECK_S or now_s - job.asked_s >= ALIVE_S:
+                        job.asked_s = now_s
                         await self._ask(job)
         except asyncio.CancelledError:
             self._fail(job, Unavailable(CLOSED))
