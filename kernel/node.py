@@ -135,7 +135,7 @@ class Node:
         opened, records = disk.recover(folder / disk.FOLDER, self.boot, files)
         self.commits = disk.Commits(
             folder / disk.FOLDER, files, opened, records, self.loop, self.perform,
-            self._voter_stopped,
+            self._voter_stopped, lambda: self.bus.flush(),
         )  # fmt: skip
         self.core = Core(
             self._me(), spec.config, Random(SystemRandom().getrandbits(64)),

@@ -41,6 +41,7 @@ class Timing:
     doubt_most_ms: float = 10_000.0  # operation to find out, and twice as long if that is lost
     gc_ms: float = 5_000.0  # age of a tombstone when it is collected
     poll_ms: float = 5_000.0  # of watches
+    behind_ms: float = 200.0  # so long after a value was chosen who was not asked hears of it
     resume_ms: float = 5_000.0  # voters look this often for a change that was left half done
 
 

@@ -4,9 +4,9 @@ Interface: `submit(operation)` queues one; `receive(source, message)` takes what
 `adopt(config)` when a configuration is known to be chosen. An operation's `done` is called once.
 
 A key has one round under way. Reads alone take one round of `Read`s; everything else one of
-`Prepare`s, which the cache may save, and one of `Accept`s. After one timeout a round says what can
-be said twice again, after two it is given up; once a quorum has spoken in vain, after a moment: so
-a voter that is down delays nobody.
+`Prepare`s, which the cache may save, and one of `Accept`s, which goes to a quorum at first
+(thrift.py). After one timeout a round says what can be said twice again, after two it is given up;
+once a quorum has spoken in vain, after a moment: so a voter that is down delays nobody.
 Invariants:
   P1  a ballot is used for at most one value: each proposal takes a new one, and the `n` of a key
       that is forgotten is kept for all;
@@ -42,6 +42,7 @@ from manifold.kernel.nexus.messages import (
     Stale,
 )
 from manifold.kernel.nexus.rounds import Cache, Operation, Phase, Register, Round
+from manifold.kernel.nexus.thrift import Left, Thrift
 from manifold.kernel.nexus.values import (
     BATCH_MAX,
     Result,
@@ -72,6 +73,7 @@ class Proposer:
         self.operations = 0
         self._rounds: dict[int, Register] = {}
         self._least_n = 0
+        self._thrift = Thrift(context)
         self.on_adopt: Callable[[], None] = lambda: None
         self.on_tombstone: Callable[[str], None] = lambda key: None
         self.reroute: Callable[[Operation], None] = self.submit
@@ -176,6 +178,8 @@ class Proposer:
         self._rounds[begun.rid] = register
         if phase is not Phase.ACCEPT:
             self._send(register, begun)
+        elif not begun.everywhere:
+            begun.asked = self._thrift.few(register.key, config) or begun.kids
         self._watch_over(register, begun)
         return begun
 
@@ -187,29 +191,51 @@ class Proposer:
                 return
             self._context.later(timeout_ms, too_late)
             if begun.phase is not Phase.PREPARE:  # a ballot is promised once
-                for kid in begun.missing():
-                    self._send(register, begun, kid)
+                self._send(register, begun, begun.missing())
+
+        def hedge(_now_ms: float) -> None:
+            if self._rounds.get(rid) is register:
+                self._context.later(max(0.0, timeout_ms - hedge_ms), late)
+                if begun.asked is not begun.kids:
+                    for kid in begun.missing():
+                        self._thrift.silent(kid)
+                    self._ask_the_spared(register, begun)
 
         def too_late(_now_ms: float) -> None:
             if self._rounds.get(rid) is register:
                 self._failed(register, begun)
 
-        self._context.later(timeout_ms, late)
+        if begun.asked is begun.kids:
+            self._context.later(timeout_ms, late)
+        else:
+            hedge_ms = min(self._thrift.hedge_ms(), timeout_ms)
+            self._context.later(hedge_ms, hedge)
+
+    def _ask_the_spared(self, register: Register, begun: Round) -> bool:
+        """Whether there were any."""
+        spared = begun.spared()
+        if spared:
+            begun.asked = begun.kids
+            self._send(register, begun, spared)
+        return bool(spared)
 
     def _in_vain(self, register: Register, begun: Round, *, wait: bool = True) -> None:
         """A quorum has spoken, and it is not enough: who is left gets a moment, not a timeout."""
         if begun.grace or not begun.in_vain:
             return
         begun.grace = True
+        grace_ms = self._context.grace_ms()
+        if self._ask_the_spared(register, begun):  # they begin only now
+            grace_ms += self._context.rounds.mean_ms
         rid = begun.rid
 
         def over(_now_ms: float) -> None:
             if self._rounds.get(rid) is register:
                 self._failed(register, begun, wait=wait)
 
-        self._context.later(self._context.grace_ms(), over)
+        self._context.later(grace_ms, over)
 
-    def _send(self, register: Register, begun: Round, only: Kid | None = None) -> None:
+    def _send(self, register: Register, begun: Round, only: tuple[Kid, ...] | None = None) -> None:
         rid, epoch, key = begun.rid, begun.config.epoch, register.key
         message: Read | Prepare | Accept
         if begun.phase is Phase.READ:
@@ -219,7 +245,7 @@ class Proposer:
         else:
             assert begun.value is not None
             message = Accept(rid, epoch, key, begun.ballot, begun.value, True)
-        for kid in begun.kids if only is None else (only,):
+        for kid in begun.asked if only is None else only:
             self._context.send(kid, message)
 
     # -- answers of voters ------------------------------------------------------------------------
@@ -245,6 +271,7 @@ class Proposer:
                     self._read(register, begun)
             case Accepted() if begun.phase is Phase.ACCEPT:
                 begun.promised[source] = message.promised
+                self._thrift.heard(source)
                 if begun.enough(begun.promised):
                     self._chosen(register, begun)
                 else:
@@ -256,6 +283,8 @@ class Proposer:
                 begun.refused[source] = ZERO
                 if begun.hopeless():
                     self._failed(register, begun)
+                else:
+                    self._ask_the_spared(register, begun)
             case _:
                 return
 
@@ -319,6 +348,7 @@ class Proposer:
         everywhere = begun.everywhere
         self._context.rounds.took(self._context.now_ms - begun.sent_ms)
         self._end(register, begun)
+        self._leave_out(register.key, begun, begun.value)
         follower = following(begun.ballot)
         kept = {kid: None for kid, promised in begun.promised.items() if promised == follower}
         if begun.config.quorum(kept) and not everywhere:
@@ -333,6 +363,14 @@ class Proposer:
         register.tries = 0
         self._tell(begun.batch, begun.results)
         self._kick(register)
+
+    def _leave_out(self, key: str, begun: Round, value: Value) -> None:
+        spared = begun.spared()
+        if spared:
+            left = Left(spared, begun.config.epoch, begun.ballot, value)
+            self._thrift.chosen(key, left)
+        else:
+            self._thrift.caught_up(key)
 
     def _refused(self, source: Kid, message: Nack, register: Register, begun: Round) -> None:
         register.highest = max(register.highest, message.most)
@@ -366,7 +404,7 @@ class Proposer:
             self._context.send(source, Seal(self._context.rid(), mine))
             if register is not None and begun is not None and begun.config.epoch == mine.epoch:
                 begun.resent[source] = times + 1
-                self._send(register, begun, source)
+                self._send(register, begun, (source,))
 
     def adopt(self, config: Config) -> bool:
         """Follow a configuration that is known to be chosen; whether it was news."""

@@ -77,12 +77,13 @@ class Round:
     grace: bool = False  # a quorum has spoken in vain; the others have a moment left
     full: bool = False  # some refused because they take no further keys
     resent: dict[Kid, int] = field(default_factory=dict)
-    kids: tuple[Kid, ...] = ()
+    kids: tuple[Kid, ...] = ()  # everyone who votes
+    asked: tuple[Kid, ...] = ()  # those of them that it has been sent to
     value: Value | None = None
     results: list[Result] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.kids = self.config.kids()
+        self.kids = self.asked = self.config.kids()
 
     @property
     def everywhere(self) -> bool:
@@ -103,9 +104,15 @@ class Round:
         return {**self.answered, **dict.fromkeys(self.refused)}
 
     def missing(self) -> tuple[Kid, ...]:
-        """Voters that said nothing."""
+        """Voters that were asked and said nothing."""
         spoke = self.spoke
-        return tuple(kid for kid in self.kids if kid not in spoke)
+        return tuple(kid for kid in self.asked if kid not in spoke)
+
+    def spared(self) -> tuple[Kid, ...]:
+        """Voters that were not asked."""
+        if self.asked is self.kids:
+            return ()
+        return tuple(kid for kid in self.kids if kid not in self.asked)
 
     @property
     def in_vain(self) -> bool:
@@ -127,11 +134,12 @@ class Round:
         return max(reply.floor for reply in self.heard.values())
 
     def present(self) -> Value:
-        """What to change. A tombstone that somebody has dropped already counts on from his floor,
-        and so does a register without a record: V3."""
-        found, bare = self.latest().value, absent(self.floor())
-        gone = found is None or (found.dead and found.stamp < bare.stamp)
-        return bare if gone or found is None else found
+        """What to change: V3. A tombstone that somebody has dropped counts on from his floor, which
+        is then not below its ballot; so does a register without a record. A floor below it came
+        from something else, such as a promise: the tombstone still knows what was done."""
+        latest, floor = self.latest(), self.floor()
+        gone = latest.value is None or (latest.value.dead and latest.accepted <= floor)
+        return absent(floor) if gone or latest.value is None else latest.value
 
     def told(self) -> Value:
         """What to answer where nothing is proposed: no stamp that a later value could be below.

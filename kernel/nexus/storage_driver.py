@@ -1,12 +1,13 @@
 """Group commit: what Nexus persists becomes durable, in the order asked for.
 
 Interface: `recover(folder)` once, before the machine starts; then `write(held)` for each record,
-and `carry_out(effects)` is called with what was held once it is durable. What comes while a sync is
-under way goes with the next one; nothing waits for a timer. While the disk syncs in well under a
-millisecond that is done in the loop: handing it to a thread and back costs as much again. From the
-first slow one on it is done in a thread, for a while. `failed(error)` is called once, when
-the disk refused: from then on nothing is written and nothing is carried out any more (S2 of
-storage.py). The folder is made by the first write: a node that never votes has none.
+and `carry_out(effects)` is called with what was held once it is durable, then `flush()`: answers
+leave before the loop takes in what came during the sync. What comes while a sync is
+under way goes with the next one; nothing waits for a timer. While syncs take well under a
+millisecond on average they are done in the loop: handing one to a thread and back costs as much
+again. On a slower disk they are done in the thread. `failed(error)` is called once, when the disk
+refused: from then on nothing is written and nothing is carried out any more (S2 of storage.py).
+The folder is made by the first write: a node that never votes has none.
 Invariants: D1 an effect is carried out only when its record, and each earlier record of the same
 name, is durable; D2 one batch is under way at a time.
 """
@@ -40,8 +41,11 @@ PREFIX = "x."  # of the names of records that are kept here
 
 # A batch is written whole; of larger ones the rest waits for the next. A record is under 100 kB.
 BATCH_BYTES = BATCH_BYTES_MAX // 2
-SLOW_S = 0.001  # a sync that the loop should not wait for
-FAST_IN_A_ROW = 64  # so many were faster than that: the loop does it itself
+LOOP_S = 0.001  # the loop waits for syncs itself while they take less than this on average
+# The average forgets: a stray slow sync of 5 ms is passed over (0.2 + 5/16 = 0.51 ms, and a few
+# later it is below again), of a disk that has become slow the second is in the thread.
+AVERAGED = 16
+UNKNOWN_S = 0.05  # before the first sync: after some 75 fast ones the loop does it itself
 
 
 def files(kind: str) -> Files:
@@ -106,9 +110,11 @@ class Commits:
         loop: asyncio.AbstractEventLoop,
         carry_out: Callable[[Sequence[Effect]], Any],
         failed: Callable[[ManifoldError], Any],
+        flush: Callable[[], Any],
     ) -> None:
         self._folder, self._files, self._storage = folder, files, opened
         self._loop, self._carry_out, self._failed = loop, carry_out, failed
+        self._flush = flush
         self._wanted = records  # the last record asked for, by name
         self._pending: dict[str, int] = {}  # how many of the waiting and the running are of a name
         self._waiting: list[tuple[Held, bool]] = []  # and whether there is something to write
@@ -116,7 +122,7 @@ class Commits:
         self._wake = False
         self._queue: SimpleQueue[list[Change] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._fast = 0  # syncs in a row
+        self._mean_s = UNKNOWN_S  # of recent syncs
         self.stopped = ""
         self.batches = 0
 
@@ -151,7 +157,7 @@ class Commits:
             if size > BATCH_BYTES:
                 break
         self._running, self._waiting = self._waiting[:taken], self._waiting[taken:]
-        if self._fast >= FAST_IN_A_ROW:
+        if self._mean_s < LOOP_S:
             self._done(*self._sync(list(changes.items())))
             return
         if self._thread is None:
@@ -195,10 +201,10 @@ class Commits:
             return
         self.batches += 1
         if took_s:  # else there was nothing to write
-            self._fast = self._fast + 1 if took_s < SLOW_S else 0
+            self._mean_s += (took_s - self._mean_s) / AVERAGED
         done, self._running = self._running, []
         if self._waiting and not self._wake:  # what came meanwhile is synced while we answer
-            if self._fast >= FAST_IN_A_ROW:
+            if self._mean_s < LOOP_S:
                 self._wake = True
                 self._loop.call_soon(self._start)
             else:
@@ -213,6 +219,7 @@ class Commits:
                 self._wanted.pop(held.persist.name, None)
         for held, _ in done:
             self._carry_out(held.then)
+        self._flush()
 
     def close(self) -> None:
         """Give the folder back. What is under way becomes durable, and nobody is told."""

@@ -37,6 +37,10 @@ class Files(Protocol):
 
     def truncate(self, handle: int, size: int) -> None: ...
 
+    def allocate(self, handle: int, size: int) -> None:
+        """Make the file that long, zeros at its end, with blocks of its own. Hints only: a file
+        system that cannot, or has no space, raises, and the file is as it was or longer."""
+
     def sync(self, handle: int) -> None: ...
 
     def close(self, handle: int) -> None: ...
@@ -89,6 +93,11 @@ class Disk:
 
     def truncate(self, handle: int, size: int) -> None:
         os.ftruncate(handle, size)
+
+    def allocate(self, handle: int, size: int) -> None:
+        end = os.fstat(handle).st_size
+        if size > end:
+            self.write(handle, bytes(size - end), end)
 
     def sync(self, handle: int) -> None:
         os.fdatasync(handle)  # with the file's size, as far as reading needs it

@@ -13,8 +13,9 @@ zero, and neither is a frame's last byte: what was not written can be told from 
 F2 frames of a file are numbered from 0; a batch's frame is written only when the one before it is
 durable, so a frame that is followed by a later one was durable, and acknowledged. F3 a frame that
 is not whole was torn by a crash only if it is the last, comes after the seal, and misses its end
-or a whole sector; else it is damage. F4 header checksums start from the file's random salt: a
-client's value cannot hold what looks like a header.
+or a whole sector; else it is damage. Zeros up to the end of the file are room for frames to come:
+by F1 nothing was written there. F4 header checksums start from the file's random salt: a client's
+value cannot hold what looks like a header.
 What cannot be told: a disk that acknowledged a sync and then zeroes or cuts off the last frame.
 Source: Alagappan et al., Protocol-Aware Recovery (FAST 2018), section 3.3: crash or corruption.
 """
@@ -146,7 +147,7 @@ def scan(data: bytes) -> Scan:
     found.end = FILE_HEADER_BYTES
     while not found.damage and found.end < len(data) and _take(data, found):
         pass
-    if not found.damage and found.end < len(data):
+    if not found.damage and data[found.end :].strip(b"\0"):
         _judge(data, found)
     if not found.damage and not found.sealed:
         found.damage = "its snapshot has no end"
@@ -194,12 +195,9 @@ def _check_seal(payload: bytes, found: Scan) -> None:
 
 
 def _judge(data: bytes, found: Scan) -> None:
-    """Tell a torn last frame (F3), which was never acknowledged, from damage.
-
-    Zeros that a file system added, and nothing was written to, are as good as torn.
-    """
+    """Tell a torn last frame (F3), which was never acknowledged, from damage."""
     at, where = found.end, f"frame {found.number} at byte {found.end}"
-    found.torn_bytes = len(data) - at
+    found.torn_bytes = len(data.rstrip(b"\0")) - at
     later = _later(data, found)
     header = _header(data, at, found.salt)
     if later:

@@ -35,7 +35,7 @@ PREFIX = ".losing."
 
 @dataclass(slots=True)
 class _Write:
-    """`data` None: the file is cut at `offset`."""
+    """`data` None: the file ends at `offset`, cut or longer by zeros."""
 
     offset: int
     data: bytes | None
@@ -125,6 +125,11 @@ class LosingDisk:
 
     def truncate(self, handle: int, size: int) -> None:
         self._write(self._handles[handle], _Write(size, None))
+
+    def allocate(self, handle: int, size: int) -> None:
+        inode = self._handles[handle]
+        if size > len(inode.view()):
+            self._write(inode, _Write(size, None))
 
     def sync(self, handle: int) -> None:
         inode = self._handles[handle]

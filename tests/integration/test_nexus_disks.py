@@ -255,7 +255,7 @@ def test_damage_in_the_middle_makes_a_voter_that_knows_nothing_and_does_not_vote
 
     path = place.folder(third) / storage.FILE
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[frames.scan(bytes(data)).end // 2] ^= 1
     path.write_bytes(data)
     report = storage.verify(place.folder(third))
     assert not report.sound
@@ -298,7 +298,7 @@ def test_a_torn_tail_is_dropped_and_nothing_acknowledged_is_lost(place: Place) -
     assert name in found.records
     forged = frames.encode([(name, None), (b"x.k.globals/torn", b"y" * 3000)])
     batch = frames.frame(frames.BATCH, found.number, forged, found.salt)
-    path.write_bytes(data + batch[:-700])
+    path.write_bytes(data[: found.end] + batch[:-700] + bytes(5000))
     report = storage.verify(path.parent)
     assert report.sound
     assert report.torn_bytes == len(batch) - 700

@@ -165,6 +165,7 @@ def test_a_minority_refuses_writes_names_who_is_missing_and_reads_stale_when_ask
     harness.begin()
     first, apart = harness.world.nodes[1], harness.world.nodes[0]
     assert _one(harness, first, Operate("w1", "a", Put(1))).status == "ok"
+    harness.world.run(100.0)  # who was not needed has heard of it as well
     harness.world.partition([apart], 5000.0)
     write = _one(harness, apart, Operate("w2", "a", Put(2), 300.0))
     assert (write.status, write.strength) == ("unavailable", "none")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -24,9 +24,14 @@ from manifold.kernel.nexus.storage_frames import BATCH_BYTES_MAX, Change
 
 FOLDER = Path("/voter")
 FILE, NEW, LOCK = (FOLDER / name for name in (storage.FILE, storage.NEW, storage.LOCK))
-SMALL = Sizes(log_bytes_min=600, slice_bytes=100, sync_bytes=200)  # replaced every few batches
+SMALL = Sizes(  # replaced every few batches, and room made every few
+    log_bytes_min=600, slice_bytes=100, sync_bytes=200, room_bytes=700
+)
+ROOMLESS = replace(SMALL, room_bytes=0)  # every batch ends the file
 SECTOR = 512
-CHANGING = ("create", "write", "truncate", "sync", "rename", "remove", "sync_folder", "lock")
+CHANGING = (
+    "create", "write", "truncate", "allocate", "sync", "rename", "remove", "sync_folder", "lock"
+)  # fmt: skip
 
 
 class PowerLoss(BaseException):
@@ -37,12 +42,18 @@ class PowerLoss(BaseException):
 class Inode:
     view: bytearray = field(default_factory=bytearray)  # what a process reads: the page cache
     disk: bytearray = field(default_factory=bytearray)
-    dirty: list[tuple[int, bytes | None]] = field(default_factory=list)  # None: cut to the offset
+    dirty: list[tuple[int, bytes | None]] = field(default_factory=list)  # None: so long now
 
 
 def put(data: bytearray, offset: int, piece: bytes) -> None:
     data.extend(bytes(max(0, offset + len(piece) - len(data))))
     data[offset : offset + len(piece)] = piece
+
+
+def cut(data: bytearray, size: int) -> None:
+    """Make it that long; zeros where it was shorter."""
+    put(data, size, b"")
+    del data[size:]
 
 
 class Machine:
@@ -129,6 +140,13 @@ class Machine:
         del self.handles[handle].view[size:]
         self.handles[handle].dirty.append((size, None))
 
+    def allocate(self, handle: int, size: int) -> None:
+        self.call("allocate")
+        inode = self.handles[handle]
+        if size > len(inode.view):
+            cut(inode.view, size)
+            inode.dirty.append((size, None))
+
     def sync(self, handle: int) -> None:
         inode = self.handles[handle]
         try:
@@ -143,7 +161,7 @@ class Machine:
     @staticmethod
     def persist(inode: Inode, offset: int, data: bytes | None) -> None:
         if data is None:
-            del inode.disk[offset:]
+            cut(inode.disk, offset)
         else:
             put(inode.disk, offset, data)
 
@@ -247,14 +265,15 @@ def batch_of(random: Random) -> list[Change]:
 class Voter:
     """Writes to a storage, and knows what it may find after anything."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, sizes: Sizes = SMALL) -> None:
         self.machine = Machine()
+        self.sizes = sizes
         self.random = Random(seed)
         self.acknowledged: Records = {}
         self.under_way: Records | None = None
 
     def open(self) -> storage.Storage:
-        opened = storage.open(FOLDER, self.machine, SMALL)
+        opened = storage.open(FOLDER, self.machine, self.sizes)
         found = dict(opened.records())
         assert NEW not in self.machine.names, "what never got the name is gone"
         assert found in (self.acknowledged, self.under_way), "lost, half there, or made up"
@@ -330,7 +349,7 @@ def test_any_row_of_power_losses_keeps_what_was_acknowledged(seed: int, cuts: li
 
 @pytest.mark.parametrize("filled", [False, True])
 def test_a_last_batch_cut_at_any_byte_is_dropped_whole(filled: bool) -> None:
-    voter = Voter(1)
+    voter = Voter(1, ROOMLESS)
     voter.live(3)
     machine, acknowledged = voter.machine, voter.acknowledged
     durable = bytes(machine.names[FILE].disk)
@@ -342,15 +361,17 @@ def test_a_last_batch_cut_at_any_byte_is_dropped_whole(filled: bool) -> None:
         torn = whole[:size] + bytes(len(whole) - size if filled else 0)
         machine.names[FILE].view, machine.names[FILE].disk = bytearray(torn), bytearray(torn)
         report = storage.verify(FOLDER, machine)
-        assert report.sound and report.torn_bytes == len(torn) - len(durable), size
-        again = storage.open(FOLDER, machine, SMALL)
+        room = size == len(durable)  # nothing of it was written: zeros are room for frames
+        assert report.sound
+        assert report.torn_bytes == max(0, len(torn.rstrip(b"\0")) - len(durable)), size
+        again = storage.open(FOLDER, machine, ROOMLESS)
         assert again.records() == acknowledged and again.file_bytes == len(durable)
         again.close()
-        assert bytes(machine.names[FILE].disk) == durable, "what was torn is gone for good"
+        assert bytes(machine.names[FILE].disk) == (torn if room else durable), "gone for good"
 
 
 def test_a_last_batch_that_misses_any_sectors_is_dropped_whole() -> None:
-    voter = Voter(2)
+    voter = Voter(2, ROOMLESS)
     voter.live(2)
     machine, acknowledged = voter.machine, voter.acknowledged
     begin = len(machine.names[FILE].disk)
@@ -375,7 +396,7 @@ def test_a_last_batch_that_misses_any_sectors_is_dropped_whole() -> None:
 
 
 def test_damage_is_amnesia_and_leaves_nothing_open_or_changed() -> None:
-    voter = Voter(3)
+    voter = Voter(3, ROOMLESS)
     voter.live(12)
     machine = voter.machine
     for at in range(0, len(machine.names[FILE].disk), 7):
@@ -405,6 +426,21 @@ def test_zeros_that_a_file_system_added_are_no_damage() -> None:
     voter.live(5)
 
 
+def test_batches_go_into_room_that_was_made_before_and_again_after_a_restart() -> None:
+    voter = Voter(4, replace(SMALL, log_bytes_min=100_000))
+    disk = lambda: len(voter.machine.names[FILE].disk)  # noqa: E731
+    opened = voter.open()
+    sizes = []
+    for _ in range(30):
+        voter.append(opened, [(b"k", b"v")])
+        sizes.append(disk())
+    opened.close()
+    assert len(set(sizes)) == voter.machine.calls.count("allocate") < 5
+    assert opened.file_bytes < sizes[-1]
+    voter.live(1)
+    assert disk() == sizes[-1], "there was room left"
+
+
 # --- a disk that refuses ----------------------------------------------------------------------
 
 
@@ -416,7 +452,8 @@ def test_any_refused_call_ends_the_storage_and_loses_nothing(fault: int) -> None
         voter = Voter(0)
         machine = voter.machine
         machine.fail_at, machine.fault = fail_at, fault
-        assert until_refused(voter) == (name != "close"), f"call {fail_at}, {name}"
+        hint = name == "allocate" and fault in storage.NO_ROOM
+        assert until_refused(voter) == (name != "close" and not hint), f"call {fail_at}, {name}"
         machine.restart()
         voter.live(0)  # the page cache may show what never reached the disk
         machine.power_loss(voter.random)
@@ -455,7 +492,7 @@ def until_refused(voter: Voter) -> bool:
     ],
 )
 def test_a_refusal_says_what_to_do(fault: int, advice: str) -> None:
-    voter = Voter(0)
+    voter = Voter(0, ROOMLESS)
     opened = voter.open()
     voter.machine.fail_at, voter.machine.fault = len(voter.machine.calls), fault
     with pytest.raises(NotDurable, match=advice):
@@ -499,7 +536,7 @@ def test_a_replaced_file_is_freed_in_steps(monkeypatch: pytest.MonkeyPatch) -> N
             super().truncate(handle, size)
 
     machine = Watched()
-    opened = storage.open(FOLDER, machine, Sizes(3000, 1000, 1000))
+    opened = storage.open(FOLDER, machine, Sizes(3000, 1000, 1000, room_bytes=1400))
     while machine.calls.count("rename") < 2:
         before = opened.file_bytes
         opened.append([(b"k", b"x" * 200)])

@@ -165,7 +165,7 @@ def test_zeros_that_a_file_system_added_are_no_damage() -> None:
 
 def test_a_client_cannot_forge_damage_with_a_value_that_looks_like_frames(tmp_path: Path) -> None:
     def content(name: str, values: list[bytes]) -> bytes:
-        opened = storage.open(tmp_path / name)
+        opened = storage.open(tmp_path / name, sizes=storage.Sizes(room_bytes=0))
         for value in values:
             opened.append([(b"k", value)])
         opened.close()

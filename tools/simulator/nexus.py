@@ -42,6 +42,7 @@ TIMING = Timing(
     doubt_ms=80.0,
     gc_ms=25.0,
     poll_ms=120.0,
+    behind_ms=8.0,
     resume_ms=300.0,
 )
 REQUEST_MS = 150.0  # what a client gives an operation
