@@ -63,8 +63,7 @@ DIALER_LINGER_S = 1.0
 DIALERS_BURST_MAX = 4 * DIALERS_MAX  # a question to 256 nodes at once: half of 1024 descriptors
 
 
-@dataclass(frozen=True, slots=True)
-class Incoming:
+class Incoming(msgspec.Struct, frozen=True, gc=False):
     """A message as it arrived; `request` not 0 wants a reply, through `Bus.reply`."""
 
     source: str

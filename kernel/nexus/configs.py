@@ -86,7 +86,10 @@ def final_epoch(epoch: int) -> int:
 
 
 def majority(voters: Sequence[Voter], kids: Container[str]) -> bool:
-    return 2 * sum(voter.kid in kids for voter in voters) > len(voters)
+    held = 0
+    for voter in voters:  # a generator costs twice as much, and this is asked for every answer
+        held += voter.kid in kids
+    return 2 * held > len(voters)
 
 
 def first_config(voters: Sequence[Voter]) -> Config:

@@ -20,11 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from random import Random
+from typing import Any, get_args
 
 import msgspec
 
 from manifold.kernel.effects import Effect
-from manifold.kernel.nexus.acceptor import Acceptor
+from manifold.kernel.nexus.acceptor import Acceptor, Asked
 from manifold.kernel.nexus.ballots import Ballot
 from manifold.kernel.nexus.collector import Collector
 from manifold.kernel.nexus.configs import Config
@@ -36,16 +37,12 @@ from manifold.kernel.nexus.messages import (
     CONFIG_KEY,
     KNOWN_NAME,
     WHY_MAX,
-    Accept,
-    Accepted,
     Acquire,
     Answer,
     Changed,
-    Collapse,
     Drop,
     Forward,
     Forwarded,
-    Full,
     GetNexus,
     Greeting,
     Hello,
@@ -53,28 +50,21 @@ from manifold.kernel.nexus.messages import (
     Initialise,
     List,
     Message,
-    Nack,
     NexusInfo,
     Operate,
-    Prepare,
-    Promise,
-    Read,
-    ReadReply,
     Request,
     Resign,
-    Scan,
     Scanned,
     Seal,
     Sealed,
     Seek,
     SetVoters,
-    Stale,
     Strength,
     Tell,
     Unwatch,
     Watch,
 )
-from manifold.kernel.nexus.proposer import NO_VOTERS, Proposer
+from manifold.kernel.nexus.proposer import NO_VOTERS, Proposer, Replies
 from manifold.kernel.nexus.rounds import Operation
 from manifold.kernel.nexus.values import Get, Result
 from manifold.kernel.nexus.voters import Drivers, Finish
@@ -116,6 +106,11 @@ class Nexus:
         self.lister = Lister(self.context, self.proposer)
         self.proposer.on_adopt = self._adopted
         self.proposer.on_tombstone = self.collector.note
+        self._parts: dict[type, Callable[[Kid, Any], None]] = {  # whom a message concerns alone
+            **dict.fromkeys(get_args(Asked | Hello | Drop), self.acceptor.receive),
+            **dict.fromkeys(get_args(Replies), self.proposer.receive),
+            **dict.fromkeys((Forward, Forwarded), self.forwarding.receive),
+        }
         self._save = False
         self._saving = self._sweeping = self._resuming = self._asking = False  # timers that are set
         self._ask_ms = ASK_MS
@@ -134,14 +129,14 @@ class Nexus:
 
     def receive(self, source: Kid, message: Message, now_ms: float) -> list[Effect]:
         self.context.now_ms = now_ms
+        part = self._parts.get(type(message))
+        if part is not None:
+            part(source, message)
+            return self._close()
         match message:
-            case Prepare() | Accept() | Read() | Scan() | Collapse() | Hello() | Drop():
-                self.acceptor.receive(source, message)
             case Seal():
                 self.acceptor.receive(source, message)
                 self.proposer.adopt(message.config)
-            case Promise() | Nack() | Full() | Accepted() | ReadReply() | Stale():
-                self.proposer.receive(source, message)
             case Greeting() | Sealed():
                 if isinstance(message, Greeting) and message.config is not None:
                     self.proposer.adopt(message.config)
@@ -154,8 +149,6 @@ class Nexus:
                     self.context.send(source, Tell(rid, self.config))
             case Tell(config=config):
                 self.proposer.adopt(config)
-            case Forward() | Forwarded():
-                self.forwarding.receive(source, message)
             case Hint(key=key, version=version):
                 self.watches.hint(key, version)
         return self._close()
