@@ -52,6 +52,8 @@ from manifold.kernel.messages import (
 )
 from manifold.kernel.nexus import storage_driver as disk
 from manifold.kernel.nexus.rejoin import RejoinStep
+from manifold.kernel.observe.families import Tally
+from manifold.kernel.observe.observatory import Observatory
 from manifold.kernel.process.channel import Channel, Closed
 from manifold.kernel.process.messages import (
     Calls,
@@ -150,6 +152,9 @@ class Node:
         self.tasks = TaskPool(
             spec.zygote, self._task_spec(), spec.cores, spec.config.tasks.grace_ms, self
         )
+        self.tally = Tally()
+        self.commits.on_batch = self.tally.commit.observe
+        self.observatory = Observatory(self)
         self.calls = SystemCalls(self)
         self.consulting = Consulting(self)
 
@@ -187,6 +192,7 @@ class Node:
         """Serve, watch the supervisor, and join."""
         self.loop.set_exception_handler(self._bug)
         self.bus.listen(self.spec.address)
+        self.observatory.start()
         self.loop.add_reader(liveness_fd, self._orphaned)
         self.loop.add_reader(self._control.socket, self._commanded)
         log.info("boot %d of %s (%s)", self.boot, self.spec.alias, self.identity.kid)
@@ -236,6 +242,7 @@ class Node:
             self._clients_checked.cancel()
         for task in self._tasks:
             task.cancel()
+        self.observatory.close()
         self.pool.close()
         self.tasks.close()
         self.commits.close()
@@ -388,6 +395,7 @@ class Node:
     def _tick(self, due_ms: float) -> None:
         self._timer = None
         now_ms = self.now_ms()
+        self.tally.lag.observe(max(0.0, now_ms - due_ms) / 1000)
         if now_ms - due_ms > LAG_MS_MIN:
             self.core.loop_lag(now_ms - due_ms, now_ms)
         self.perform(self.core.tick(max(now_ms, due_ms)))
@@ -434,6 +442,7 @@ class Node:
     def _log_jobs(self) -> None:
         events, self._job_events = self._job_events, []
         for event in events:
+            self.tally.job_events[event.what] += 1
             log.info("job %s %s: %s", event.job, event.what, event.detail)
 
     def _learn(self, change: MemberChanged) -> None:
@@ -505,6 +514,7 @@ class Node:
 
     def run_lost(self, slot: int, run: int, reason: str) -> None:
         log.warning("slot %d: %s", slot, reason)
+        self.tally.runs_lost += 1
         self.perform(self.core.run_lost(slot, run, reason, self.now_ms()))
 
     def global_call(self, slot: int, call: GlobalCall) -> None:

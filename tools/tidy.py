@@ -31,6 +31,7 @@ ORDER = {
     **dict.fromkeys(("geode", "process"), 2),
     **dict.fromkeys(("scheduler", "nexus", "membership", "memory", "hyperbus", "keg", "mayor"), 3),
     "registry": 3,
+    "observe": 4,  # it reads a whole node
     "main": 5,
 }
 SUBSYSTEM, NODE = 3, 4

@@ -119,6 +119,12 @@ class Commits:
         self._fast = 0  # syncs in a row
         self.stopped = ""
         self.batches = 0
+        self.on_batch: Callable[[float], None] | None = None  # told how long each took, in seconds
+
+    @property
+    def syncs(self) -> int:
+        """Of files and folders, by this process: what wears its storage."""
+        return DISK.syncs
 
     def write(self, held: Held) -> None:
         """Make the record durable; an empty one is removed."""
@@ -196,6 +202,8 @@ class Commits:
         self.batches += 1
         if took_s:  # else there was nothing to write
             self._fast = self._fast + 1 if took_s < SLOW_S else 0
+            if self.on_batch is not None:
+                self.on_batch(took_s)
         done, self._running = self._running, []
         if self._waiting and not self._wake:  # what came meanwhile is synced while we answer
             if self._fast >= FAST_IN_A_ROW:

@@ -53,7 +53,10 @@ class Files(Protocol):
 
 
 class Disk:
-    """The real one."""
+    """The real one. `syncs` counts those of this process."""
+
+    def __init__(self) -> None:
+        self.syncs = 0
 
     def make_folder(self, path: Path) -> None:
         make_folder(path)
@@ -91,6 +94,7 @@ class Disk:
         os.ftruncate(handle, size)
 
     def sync(self, handle: int) -> None:
+        self.syncs += 1
         os.fdatasync(handle)  # with the file's size, as far as reading needs it
 
     def close(self, handle: int) -> None:
@@ -103,6 +107,7 @@ class Disk:
         path.unlink(missing_ok=True)
 
     def sync_folder(self, path: Path) -> None:
+        self.syncs += 1
         sync_folder(path)
 
     def random(self, count: int) -> bytes:

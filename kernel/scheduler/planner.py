@@ -48,6 +48,11 @@ class Planner(ABC):
     def _event(self, what: str, job: Job, detail: str) -> None:
         """For the node's log."""
 
+    @property
+    def drawn(self) -> int:
+        """The attempt number that was drawn last: the boot, and how many assignments it made."""
+        return self._attempts
+
     def begin(self, job: Job, now_ms: float) -> list[Effect]:
         if not job.blocks:
             return self.end(job, "done", now_ms)
