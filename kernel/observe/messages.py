@@ -24,7 +24,9 @@ STACKS_MAX = 10_000  # distinct ones; at 64 frames of 40 characters 26 MB, under
 STACK_CHARACTERS_MAX = 8192
 
 Label = tuple[str, str]
+Form = Literal["text", "openmetrics", "families"]
 Kind = Literal["gauge", "counter", "histogram", "info"]
+_SUFFIXES = {"counter": "_total", "info": "_info"}
 
 
 class Sample(msgspec.Struct, frozen=True, array_like=True):
@@ -44,11 +46,15 @@ class Family(msgspec.Struct, frozen=True, array_like=True):
     help: str
     samples: Annotated[tuple[Sample, ...], Meta(max_length=SAMPLES_MAX)]
 
+    def sample_name(self, sample: Sample) -> str:
+        """What a sample is called in the text, and in queries."""
+        return self.name + (sample.suffix or _SUFFIXES.get(self.kind, ""))
+
 
 class GetMetrics(msgspec.Struct, frozen=True, array_like=True, tag="o.metrics"):
     """Answered by `Metrics`, in the form that is asked for."""
 
-    form: Literal["text", "openmetrics", "families"] = "text"
+    form: Form = "text"
 
 
 class Metrics(msgspec.Struct, frozen=True, array_like=True, tag="o.metricsare"):

@@ -2,8 +2,9 @@
 
 Interface rules: `Profiler(…).start()` begins a thread of its own, the only one that exists for this
 and only for that long; `done` is called in that thread with the stacks, once, also after `stop`.
-What a thread does in C belongs to the Python function that called it; where that is the event loop
-itself the thread waits, or the loop reads and writes: these frames read `(event loop)`.
+What a thread does in C belongs to the Python function that called it. Beneath it stands `(waits)`
+where the thread did not run at all since the sample before, and `(event loop)` where there is no
+Python function but the loop's own: it polls, reads or writes. What starts every stack is left out.
 Bounds: STACKS_MAX distinct stacks of FRAMES_MAX frames. Source: Brendan Gregg, "The Flame Graph"
 (folded stacks); sampling as py-spy does it, from within.
 """
@@ -23,9 +24,12 @@ from manifold.kernel.observe.messages import STACK_CHARACTERS_MAX, STACKS_MAX, S
 FRAMES_MAX = 64  # the innermost are kept
 CODES_MAX = 20_000  # functions whose names are remembered; a node has 6 000 in all
 THREAD = "manifold-profiler"
+MAIN = "MainThread"
 LOOP = "(event loop)"
+WAITS = "(waits)"
 OTHER = "(other)"
 OURS = "manifold."
+STARTS = ("asyncio.runners.Runner.run", "threading.Thread.run")  # up to here every stack is alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,8 @@ class Profiler:
     def __init__(self, seconds: float, hz: int, done: Callable[[Found], None]) -> None:
         self._seconds, self._hz, self._done = seconds, hz, done
         self._stop = threading.Event()
-        self._counts: Counter[tuple[str, tuple[int, ...]]] = Counter()
+        self._counts: Counter[tuple[str, bool, tuple[int, ...]]] = Counter()
+        self._ran_ns: dict[int, int] = {}  # by thread
         self._codes: dict[int, tuple[CodeType, str]] = {}  # held, so that no id is used again
         self._samples = self._truncated = 0
         self._thread = threading.Thread(target=self._run, name=THREAD, daemon=True)
@@ -63,6 +68,8 @@ class Profiler:
     def _run(self) -> None:
         begun_s, used_s = time.perf_counter(), time.process_time()
         me = threading.get_ident()
+        for thread in threading.enumerate():
+            self._waits(thread.native_id or 0)
         end_s, next_s = begun_s + self._seconds, begun_s
         while (now_s := time.perf_counter()) < end_s:
             # What was missed while others had the processor is not made up for.
@@ -75,18 +82,30 @@ class Profiler:
 
     def sample(self, skip: int = 0) -> None:
         """Look once at every thread but `skip`."""
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        threads = {thread.ident: thread for thread in threading.enumerate()}
         self._samples += 1
         for ident, frame in sys._current_frames().items():
             if ident != skip:
-                self._count(names.get(ident, "thread"), frame)
+                thread = threads.get(ident)
+                waits = thread is not None and self._waits(thread.native_id or 0)
+                self._count(thread.name if thread is not None else "thread", waits, frame)
 
-    def _count(self, thread: str, frame: FrameType | None) -> None:
+    def _waits(self, native: int) -> bool:
+        """Whether a thread has not run since the last look at it."""
+        try:
+            with open(f"/proc/self/task/{native}/schedstat") as file:
+                ran_ns = int(file.read().split()[0])
+        except OSError:  # it has ended, or this kernel does not tell
+            return False
+        before_ns, self._ran_ns[native] = self._ran_ns.get(native), ran_ns
+        return before_ns == ran_ns
+
+    def _count(self, thread: str, waits: bool, frame: FrameType | None) -> None:
         codes: list[int] = []
         while frame is not None and len(codes) < FRAMES_MAX:
             codes.append(self._known(frame.f_code))
             frame = frame.f_back
-        key = (thread, tuple(codes))
+        key = (thread, waits, tuple(codes))
         if key in self._counts or len(self._counts) < STACKS_MAX:
             self._counts[key] += 1
         else:
@@ -103,10 +122,14 @@ class Profiler:
     def stacks(self) -> tuple[Stack, ...]:
         """All that was seen, the most frequent first."""
         found: Counter[str] = Counter()
-        for (thread, codes), count in self._counts.items():
+        for (thread, waits, codes), count in self._counts.items():
             names = [self._codes[code][1] if code else OTHER for code in reversed(codes)]
-            if thread == "MainThread" and names and names[-1].startswith("asyncio."):
-                names.append(LOOP)
+            start = next((name for name in STARTS if name in names), "")
+            names = names[names.index(start) + 1 :] if start else names
+            if not names and thread == MAIN:
+                names = [LOOP]
+            elif waits:
+                names.append(WAITS)
             folded = ";".join((thread.replace(";", ","), *names))
             found[folded[:STACK_CHARACTERS_MAX]] += count
         if self._truncated:

@@ -31,15 +31,15 @@ def render(families: Iterable[Family], content_type: str = PROMETHEUS) -> str:
 
 
 def _family(family: Family, openmetrics: bool) -> Iterator[str]:
-    end = {"counter": "_total", "info": "_info"}.get(family.kind, "")
-    name = family.name if openmetrics else family.name + end
+    # Prometheus names a counter by its samples, OpenMetrics by its family.
+    name = family.name if openmetrics else family.sample_name(Sample(0.0))
     kind = "gauge" if family.kind == "info" and not openmetrics else family.kind
     yield f"# HELP {name} {_help(family.help, openmetrics)}"
     yield f"# TYPE {name} {kind}"
     if openmetrics and family.unit:
         yield f"# UNIT {name} {family.unit}"
     for sample in family.samples:
-        yield f"{family.name}{sample.suffix or end}{_labels(sample)} {number(sample.value)}"
+        yield f"{family.sample_name(sample)}{_labels(sample)} {number(sample.value)}"
 
 
 def _labels(sample: Sample) -> str:
