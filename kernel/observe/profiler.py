@@ -72,8 +72,9 @@ class Profiler:
             self._waits(thread.native_id or 0)
         end_s, next_s = begun_s + self._seconds, begun_s
         while (now_s := time.perf_counter()) < end_s:
-            # What was missed while others had the processor is not made up for.
-            next_s = max(next_s + 1 / self._hz, now_s)
+            next_s += 1 / self._hz
+            if next_s <= now_s:  # what was missed while others had the processor is not made up for
+                next_s = now_s + 1 / self._hz
             if self._stop.wait(min(next_s, end_s) - now_s):
                 break
             self.sample(me)
