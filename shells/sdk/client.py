@@ -38,6 +38,7 @@ from manifold.kernel.scheduler.messages import (
     WhyAnswer,
     WhyTask,
 )
+from manifold.shells.sdk import tracing
 from manifold.shells.sdk.connection import REQUEST_TIMEOUT_MS, Connection
 from manifold.shells.sdk.future import Future, cancel_here, error_of, settle
 from manifold.shells.sdk.jobs import Awaited, Job, Jobs
@@ -113,6 +114,7 @@ class Client:
                 if self._calls_of_globals is not None:
                     self.connection.call(self._calls_of_globals.registers.stop())
                 self.connection.call(self.jobs_of.stop())
+                tracing.flush()
             self.connection.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
