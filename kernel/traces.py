@@ -10,7 +10,6 @@ Source: W3C Trace Context 1; OpenTelemetry's environment variables.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 import re
@@ -18,6 +17,8 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from blake3 import blake3
 
 from manifold.vm.version import VERSION
 
@@ -81,7 +82,7 @@ def traceparent(trace: int, span: int) -> str:
 def span_id(trace: int, *names: str | int) -> int:
     """The id of the span of `trace` that is told by `names`: the same in every process."""
     text = "\0".join((f"{trace:032x}", *map(str, names)))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") or 1
+    return int.from_bytes(blake3(text.encode()).digest(length=8), "big") or 1
 
 
 def exporter(

@@ -19,7 +19,6 @@ import re
 import socket
 from collections import Counter
 from collections.abc import Callable, Mapping
-from http import HTTPStatus
 
 HOST = "127.0.0.1"
 HEAD_BYTES_MAX = 8 << 10  # what a request line and its headers take; Prometheus sends 300 bytes
@@ -29,6 +28,11 @@ BACKLOG = 16  # as many as there may be connections
 ACCEPT_PAUSE_S = 0.1  # without a descriptor left
 THROWN_AWAY_BYTES_MAX = 256 << 10  # a body nobody asked for: four socket buffers
 PORTS_TRIED_MAX = 256  # from the configured one on: as many nodes on one host
+
+PHRASES = {
+    200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed",
+    413: "Content Too Large", 421: "Misdirected Request", 431: "Request Header Fields Too Large",
+}  # fmt: skip
 
 Page = Callable[[str], tuple[str, bytes]]
 
@@ -143,46 +147,46 @@ class _Connection:
         if end >= 0:
             self._request(bytes(self._head[:end]))
         elif len(self._head) > HEAD_BYTES_MAX:
-            self._answer(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+            self._answer(431)
 
     def _request(self, head: bytes) -> None:
         first, *lines = head.split(b"\r\n")
         request = _REQUEST.fullmatch(first)
         headers = _headers(lines)
         if request is None or headers is None:
-            self._answer(HTTPStatus.BAD_REQUEST)
+            self._answer(400)
             return
         method, path = request[1].decode(), request[2].decode().partition("?")[0]
         host = headers.get("host", "localhost" if request[3] == b"0" else "")
         page = self._server.pages.get(path)
         if not _LOCAL.fullmatch(host):
-            wrong = HTTPStatus.MISDIRECTED_REQUEST if host else HTTPStatus.BAD_REQUEST
+            wrong = 421 if host else 400
             self._answer(wrong)
         elif "content-length" in headers or "transfer-encoding" in headers:
-            self._answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+            self._answer(413)
         elif page is None:
-            self._answer(HTTPStatus.NOT_FOUND)
+            self._answer(404)
         elif method not in ("GET", "HEAD"):
-            self._answer(HTTPStatus.METHOD_NOT_ALLOWED)
+            self._answer(405)
         else:
             content_type, body = page(headers.get("accept", ""))
-            self._answer(HTTPStatus.OK, content_type, body, head_only=method == "HEAD")
+            self._answer(200, content_type, body, head_only=method == "HEAD")
 
     def _answer(
-        self, status: HTTPStatus, content_type: str = "", body: bytes = b"", *,
+        self, status: int, content_type: str = "", body: bytes = b"", *,
         head_only: bool = False,
     ) -> None:  # fmt: skip
         self._answered = True
         self._head.clear()
-        self._server.answered[status.value] += 1
+        self._server.answered[status] += 1
         if not content_type:
-            content_type, body = "text/plain; charset=utf-8", f"{status.phrase}\n".encode()
+            content_type, body = "text/plain; charset=utf-8", f"{PHRASES[status]}\n".encode()
         lines = [
-            f"HTTP/1.1 {status.value} {status.phrase}", f"Content-Type: {content_type}",
+            f"HTTP/1.1 {status} {PHRASES[status]}", f"Content-Type: {content_type}",
             f"Content-Length: {len(body)}", "Connection: close", "Cache-Control: no-store",
             "X-Content-Type-Options: nosniff", "", "",
         ]  # fmt: skip
-        if status is HTTPStatus.METHOD_NOT_ALLOWED:
+        if status == 405:
             lines.insert(1, "Allow: GET, HEAD")
         self._left = memoryview("\r\n".join(lines).encode() + (b"" if head_only else body))
         self._writable()

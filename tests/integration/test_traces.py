@@ -138,6 +138,12 @@ def of(spans: list[Span], name: str) -> list[Span]:
     return [span for span in spans if span.name == name]
 
 
+def until(look: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while not look():
+        assert time.monotonic() < deadline_s
+
+
 def complete(spans: list[Span]) -> bool:
     """Whether the spans of one whole job are there: those of its runners come when they like."""
     placed = {span.number for span in of(spans, "place")}
@@ -218,9 +224,8 @@ def test_a_job_that_goes_on_without_its_client_is_no_failure_of_its_client(
 ) -> None:
     cluster = manifold_cluster(1)
     with Client(cluster.name, environ=cluster.environ) as client:
-        future = client.job(COLLATZ, 1, 3_000_000, reduce="sum", detach=True)
-        while future.status is None:
-            threading.Event().wait(0.01)
+        future = client.job(COLLATZ, 1, 1_500_000, reduce="sum", detach=True)
+        until(lambda: future.status is not None)
     spans = collector.wait(lambda found: bool(of(found, "submit") and of(found, "job")))
     (submit,), (job,) = of(spans, "submit"), of(spans, "job")
     assert (submit.attributes["manifold.state"], submit.error) == ("detached", "")
@@ -236,15 +241,7 @@ def test_a_job_whose_owner_dies_goes_on_in_the_same_trace(
         owner = client.node
         slow = ".cells 1\nSLEEP 0.01\nLOAD 0\nEMIT\nHALT\n"
         future = client.job(slow, 0, 3000, reduce="sum")
-
-        def under_way() -> bool:
-            status = future.status
-            return status is not None and status.done > 0
-
-        deadline_s = time.monotonic() + WAIT_S
-        while not under_way():
-            assert time.monotonic() < deadline_s
-            future.done() or threading.Event().wait(0.02)
+        until(lambda: future.status is not None and future.status.done > 0)
         cluster.kill(owner)
         assert future.result(90) == 3000 * 2999 // 2
     spans = collector.wait(
