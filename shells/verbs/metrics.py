@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -99,12 +100,13 @@ def as_dict(found: Metrics) -> dict[str, Any]:
 
 def replace_file(path: Path, text: str) -> None:
     """Write a file so that whoever reads it sees the old one or the new one, whole."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh = Path(f"{path}.{os.getpid()}.new")
     try:
         fresh.write_text(text, encoding="utf-8")
         fresh.replace(path)
     except OSError as fault:
-        fresh.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
         raise CannotWrite(
             f"{path} cannot be written: {fault.strerror}.", "Name another file with -o."
         ) from fault
