@@ -1,8 +1,8 @@
 """A node's metrics, read from it when somebody asks.
 
-Interface rules: `gather` runs on the loop's thread, changes nothing and takes, with its text, about
-0.4 ms; nothing is measured while nobody asks, but what a `Tally` counts. What the host does not tell
-is left out.
+Interface rules: `gather` runs on the loop's thread, changes nothing and takes, with its text, 0.4
+ms; nothing is measured while nobody asks, but what a `Tally` counts. What the host does not tell is
+left out.
 """
 
 from __future__ import annotations

@@ -116,6 +116,7 @@ class _Connection:
         self._head = bytearray()
         self._left = memoryview(b"")  # of the answer
         self._answered = False
+        self._bodyless = False  # HEAD
         self._thrown_away = 0
         self._deadline = loop.call_later(DEADLINE_S, self.close)  # H2
         loop.add_reader(accepted, self._readable)
@@ -157,12 +158,12 @@ class _Connection:
             self._answer(400)
             return
         method, path = request[1].decode(), request[2].decode().partition("?")[0]
+        self._bodyless = method == "HEAD"
         host = headers.get("host", "localhost" if request[3] == b"0" else "")
         page = self._server.pages.get(path)
         if not _LOCAL.fullmatch(host):
-            wrong = 421 if host else 400
-            self._answer(wrong)
-        elif "content-length" in headers or "transfer-encoding" in headers:
+            self._answer(421 if host else 400)
+        elif headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
             self._answer(413)
         elif page is None:
             self._answer(404)
@@ -170,12 +171,9 @@ class _Connection:
             self._answer(405)
         else:
             content_type, body = page(headers.get("accept", ""))
-            self._answer(200, content_type, body, head_only=method == "HEAD")
+            self._answer(200, content_type, body)
 
-    def _answer(
-        self, status: int, content_type: str = "", body: bytes = b"", *,
-        head_only: bool = False,
-    ) -> None:  # fmt: skip
+    def _answer(self, status: int, content_type: str = "", body: bytes = b"") -> None:
         self._answered = True
         self._head.clear()
         self._server.answered[status] += 1
@@ -188,7 +186,7 @@ class _Connection:
         ]  # fmt: skip
         if status == 405:
             lines.insert(1, "Allow: GET, HEAD")
-        self._left = memoryview("\r\n".join(lines).encode() + (b"" if head_only else body))
+        self._left = memoryview("\r\n".join(lines).encode() + (b"" if self._bodyless else body))
         self._writable()
 
     def _writable(self) -> None:

@@ -45,7 +45,11 @@ def metrics(
         raise click.UsageError("--json and --openmetrics are two formats: choose one.")
     with connect(context) as client:
         if targets:
-            found = scrape_targets(client.nodes(), cluster_name(context))
+            nodes = client.nodes()
+            found = scrape_targets(nodes, cluster_name(context))
+            silent = [n.alias for n in nodes if not n.pid and n.state in ("ready", "suspect")]
+            if silent:
+                click.secho(f"no answer from {', '.join(silent)}", fg="yellow", err=True)
             text = json.dumps(found, indent=None if as_json else 2) + "\n"
         elif as_json:
             text = json.dumps(as_dict(client.metrics(node, "families"))) + "\n"

@@ -185,6 +185,23 @@ def test_nodes_share_a_range_of_ports_and_go_on_where_none_is_free(manifold_clus
     assert all(port < each < port + 256 for each in ports)
 
 
+def test_who_asks_too_often_is_given_what_was_gathered_just_before(
+    manifold_cluster: Start,
+) -> None:
+    address = manifold_cluster(1).client().metrics().address
+
+    def uptime() -> str:
+        found = re.search(
+            r"^manifold_node_uptime_seconds (\S+)$", fetched(address)[1], re.MULTILINE
+        )
+        assert found
+        return found[1]
+
+    first = uptime()
+    eventually(lambda: uptime() == uptime(), "it is gathered anew each time")
+    eventually(lambda: uptime() != first, "it is never gathered again")
+
+
 def test_hostile_requests_to_a_real_node_end_nothing(manifold_cluster: Start) -> None:
     cluster = manifold_cluster(1)
     client = cluster.client()

@@ -93,6 +93,51 @@ def test_promtool_accepts_the_files(what: str, file: str, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+# Three voters for 12 minutes, at 30 s a step. At minute 2 the loop of one begins to be late by up to
+# half a second; at minute 4 the two others stop answering.
+ALERTING = """
+rule_files: [alerts.yaml]
+evaluation_interval: 30s
+tests:
+  - interval: 30s
+    input_series:
+      - {series: 'up{job="manifold",instance="a",cluster="c",node="n-01"}', values: '1x24'}
+      - {series: 'up{job="manifold",instance="b",cluster="c",node="n-02"}', values: '1x8 0x16'}
+      - {series: 'up{job="manifold",instance="c",cluster="c",node="n-03"}', values: '1x8 0x16'}
+      - {series: 'manifold_nexus_votes{instance="a",cluster="c",node="n-01"}', values: '1x24'}
+      - {series: 'manifold_nexus_votes{instance="b",cluster="c",node="n-02"}', values: '1x8 stale'}
+      - {series: 'manifold_nexus_votes{instance="c",cluster="c",node="n-03"}', values: '1x8 stale'}
+      - {series: 'manifold_nexus_voters{instance="a",cluster="c",node="n-01"}', values: '3x24'}
+      - {series: 'manifold_members{state="dead",instance="a",cluster="c"}', values: '0x9 2x15'}
+      - {series: 'manifold_loop_lag_seconds_bucket{le="0.2",cluster="c",node="n-01"}',
+         values: '0+30x4 120+0x20'}
+      - {series: 'manifold_loop_lag_seconds_bucket{le="0.5",cluster="c",node="n-01"}',
+         values: '0+30x24'}
+      - {series: 'manifold_loop_lag_seconds_bucket{le="+Inf",cluster="c",node="n-01"}',
+         values: '0+30x24'}
+    promql_expr_test:
+      - {expr: 'count(ALERTS{alertstate="firing"}) or vector(0)', eval_time: 3m,
+         exp_samples: [{labels: '{}', value: 0}]}
+      - {expr: 'count by (alertname) (ALERTS{alertstate="firing"})', eval_time: 11m, exp_samples: [
+         {labels: '{alertname="ManifoldNodeDown"}', value: 2},
+         {labels: '{alertname="ManifoldNoQuorum"}', value: 1},
+         {labels: '{alertname="ManifoldMemberLost"}', value: 1},
+         {labels: '{alertname="ManifoldLoopLate"}', value: 1}]}
+"""
+
+
+def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is missing: apt-get install prometheus")
+    shutil.copy(FOLDER / "alerts.yaml", tmp_path)
+    (tmp_path / "cases.yaml").write_text(ALERTING)
+    done = subprocess.run(
+        ["promtool", "test", "rules", "cases.yaml"], cwd=tmp_path, capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_page_names_every_metric() -> None:
     text = (ROOT / "docs" / "observability.md").read_text()
     assert set(re.findall(r"manifold_\w+", text)) >= set(DEFINITIONS)

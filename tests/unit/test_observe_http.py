@@ -93,6 +93,12 @@ def test_get_gives_the_page_and_head_its_length_alone(serving: Serving) -> None:
         connection.close()
 
 
+def test_what_is_refused_to_head_has_no_body_either(serving: Serving) -> None:
+    said = serving.raw(b"HEAD /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert said.startswith(b"HTTP/1.1 404 ")
+    assert said.endswith(b"\r\n\r\n")
+
+
 def test_a_request_may_come_byte_by_byte(serving: Serving) -> None:
     with serving.open() as connection:
         for at in range(len(GET)):
