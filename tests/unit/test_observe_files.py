@@ -93,8 +93,8 @@ def test_promtool_accepts_the_files(what: str, file: str, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# Three voters for 12 minutes, at 30 s a step. At minute 2 the loop of one begins to be late by up to
-# half a second; at minute 4 the two others stop answering.
+# Three voters for 12 minutes, at 30 s a step. At minute 2 the loop of one begins to be late by up
+# to half a second; at minute 4 the two others stop answering.
 ALERTING = """
 rule_files: [alerts.yaml]
 evaluation_interval: 30s
