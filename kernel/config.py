@@ -166,6 +166,17 @@ class NexusConfig:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class MetricsConfig:
+    """What a node tells of itself (docs/observability.md)."""
+
+    http: str = _key(
+        "on", "", None, None, "whether each node serves /metrics on 127.0.0.1",
+        choices=("on", "off"),
+    )  # fmt: skip
+    port: int = _key(0, "", 0, 65_535, "0: any free port; else the first free one from it on")
+
+
 # Sixteen nodes in four classes. A worker's share of a host core follows the boards' single-core
 # speed against a small server's (Geekbench 6, rounded); bandwidths and latencies are those of
 # a wired switch, and of wifi-class links for the Pi 4. Emulated memory is not taken until used.
@@ -190,6 +201,7 @@ class Config:
     scheduler: SchedulerConfig = SchedulerConfig()
     tasks: TaskConfig = TaskConfig()
     nexus: NexusConfig = NexusConfig()
+    metrics: MetricsConfig = MetricsConfig()
 
     def __post_init__(self) -> None:
         _check_ranges(self, "")
@@ -235,6 +247,7 @@ SCHEMA = loader.Schema(
         "scheduler": SchedulerConfig,
         "tasks": TaskConfig,
         "nexus": NexusConfig,
+        "metrics": MetricsConfig,
     },
     tables={"classes": NodeClass},
 )

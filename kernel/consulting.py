@@ -57,6 +57,11 @@ class Consulting:
         self._handle = 0
         self._first = 0  # the handle of our own wish for first voters
 
+    @property
+    def waiting(self) -> int:
+        """Requests that are not answered yet, and watches."""
+        return len(self._waiting)
+
     def initialise(self, voters: Sequence[Kid]) -> None:
         """Make these the first voters, where there are none that anybody here knows of."""
         if self._node.core.nexus.config is not None or self._first:

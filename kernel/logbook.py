@@ -52,6 +52,7 @@ class Logbook(logging.Handler):
         super().__init__()
         self.lines: deque[tuple[int, str]] = deque(maxlen=LINES_MAX)  # G2
         self.newest = 0
+        self.levels = {"info": 0, "warning": 0, "error": 0, "critical": 0}  # lines logged since
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if path.exists():
             with path.open("rb") as file:
@@ -71,6 +72,9 @@ class Logbook(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._file.emit(record)
+        level = record.levelname.lower()
+        if level in self.levels:
+            self.levels[level] += 1
         for line in self.format(record).splitlines():
             self._keep(line)
 

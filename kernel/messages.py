@@ -16,6 +16,7 @@ from manifold.kernel.geode.messages import LoadReport
 from manifold.kernel.hyperbus import messages as hyperbus
 from manifold.kernel.membership import messages as membership
 from manifold.kernel.nexus import messages as nexus
+from manifold.kernel.observe import messages as observe
 from manifold.kernel.scheduler import messages as scheduler
 from manifold.kernel.scheduler.messages import JobStatus
 from manifold.vm.kid import Kid
@@ -48,6 +49,7 @@ class NodeInfo(msgspec.Struct, frozen=True, array_like=True, tag="n.info"):
     workers: tuple[int, ...] = ()  # process ids
     load: LoadReport | None = None
     bad_messages: int = 0
+    metrics: str = ""  # HOST:PORT that serves /metrics, "" where nothing does
 
 
 class AllNodes(msgspec.Struct, frozen=True, array_like=True, tag="n.nodes"):
@@ -171,6 +173,7 @@ VOCABULARY: Any = (
     | nexus.Changed
     | nexus.Listing
     | nexus.NexusInfo
+    | observe.Message
     | Message
 )
 # Made once, in the zygote: 5 ms and half a megabyte that its children share.

@@ -23,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from manifold.kernel import durable, identity, places
+from manifold.kernel import durable, identity, places, traces
 from manifold.kernel.config import Config
 from manifold.kernel.consulting import Consulting
 from manifold.kernel.core import NEXUS_REQUESTS, REQUESTS, Core
@@ -52,6 +52,9 @@ from manifold.kernel.messages import (
 )
 from manifold.kernel.nexus import storage_driver as disk
 from manifold.kernel.nexus.rejoin import RejoinStep
+from manifold.kernel.observe.families import Tally
+from manifold.kernel.observe.observatory import Observatory
+from manifold.kernel.observe.spans import Spans
 from manifold.kernel.process.channel import Channel, Closed
 from manifold.kernel.process.messages import (
     Calls,
@@ -70,9 +73,11 @@ from manifold.kernel.scheduler import blocks
 from manifold.kernel.scheduler.globalcalls import GlobalAnswer
 from manifold.kernel.scheduler.messages import (
     AbortRun,
+    Counted,
     JobEvent,
     JobStatus,
     LimitRun,
+    Placed,
     StartRun,
     SubmitJob,
 )
@@ -150,6 +155,10 @@ class Node:
         self.tasks = TaskPool(
             spec.zygote, self._task_spec(), spec.cores, spec.config.tasks.grace_ms, self
         )
+        self.tally = Tally()
+        self.commits.on_batch = self.tally.commit.observe
+        self.observatory = Observatory(self)
+        self.spans = Spans(self) if traces.wanted(os.environ) else None
         self.calls = SystemCalls(self)
         self.consulting = Consulting(self)
 
@@ -187,6 +196,7 @@ class Node:
         """Serve, watch the supervisor, and join."""
         self.loop.set_exception_handler(self._bug)
         self.bus.listen(self.spec.address)
+        self.observatory.start()
         self.loop.add_reader(liveness_fd, self._orphaned)
         self.loop.add_reader(self._control.socket, self._commanded)
         log.info("boot %d of %s (%s)", self.boot, self.spec.alias, self.identity.kid)
@@ -236,6 +246,9 @@ class Node:
             self._clients_checked.cancel()
         for task in self._tasks:
             task.cancel()
+        self.observatory.close()
+        if self.spans is not None:
+            self.spans.close()
         self.pool.close()
         self.tasks.close()
         self.commits.close()
@@ -388,6 +401,7 @@ class Node:
     def _tick(self, due_ms: float) -> None:
         self._timer = None
         now_ms = self.now_ms()
+        self.tally.lag.observe(max(0.0, now_ms - due_ms) / 1000)
         if now_ms - due_ms > LAG_MS_MIN:
             self.core.loop_lag(now_ms - due_ms, now_ms)
         self.perform(self.core.tick(max(now_ms, due_ms)))
@@ -402,6 +416,8 @@ class Node:
                 else:
                     self.pool.limit(slot, run, last)
             case AbortRun(worker=slot, run=run):
+                if self.spans is not None:
+                    self.spans.run_aborted(run)
                 if self.tasks.has(run):
                     self.tasks.abort(run)
                 else:
@@ -423,9 +439,15 @@ class Node:
             case RingChanged(epoch=epoch, joined=joined, left=left):
                 log.info("epoch %d: %d joined, %d left the ring", epoch, len(joined), len(left))
             case JobEvent():
+                if event.trace and self.spans is not None:
+                    self.spans.job_event(event)
                 if not self._job_events:
                     self.loop.call_later(JOB_LOG_S, self._log_jobs)
                 self._job_events.append(event)
+            case Placed() if self.spans is not None:
+                self.spans.placed(event)
+            case Counted() if self.spans is not None:
+                self.spans.counted(event)
             case Refuted(by=by):
                 log.warning("somebody (%s) held us for dead; refuted", by[:10])
             case Superseded(boot=boot):
@@ -434,6 +456,7 @@ class Node:
     def _log_jobs(self) -> None:
         events, self._job_events = self._job_events, []
         for event in events:
+            self.tally.job_events[event.what] += 1
             log.info("job %s %s: %s", event.job, event.what, event.detail)
 
     def _learn(self, change: MemberChanged) -> None:
@@ -459,6 +482,8 @@ class Node:
 
     def _start_run(self, start: StartRun) -> None:
         spec = start.spec
+        if spec.trace and self.spans is not None:
+            self.spans.run_begins(start)
         if spec.kind == "python":
             self._start_calls(start)
             return
@@ -498,6 +523,8 @@ class Node:
         self.perform(self.core.run_limited(slot, run, last, self.now_ms()))
 
     def run_ended(self, slot: int, run: int, fault: Fault | None) -> None:
+        if self.spans is not None:
+            self.spans.run_ends(run, fault)
         self.perform(self.core.run_ended(slot, run, fault, self.now_ms()))
 
     def run_moved(self, slot: int, run: int, to: int) -> None:
@@ -505,6 +532,9 @@ class Node:
 
     def run_lost(self, slot: int, run: int, reason: str) -> None:
         log.warning("slot %d: %s", slot, reason)
+        self.tally.runs_lost += 1
+        if self.spans is not None:
+            self.spans.run_ends(run, lost=reason)
         self.perform(self.core.run_lost(slot, run, reason, self.now_ms()))
 
     def global_call(self, slot: int, call: GlobalCall) -> None:

@@ -19,6 +19,7 @@ from manifold.kernel.hyperbus.faults import to_failure
 from manifold.kernel.hyperbus.filter import Link
 from manifold.kernel.inventory import inventory
 from manifold.kernel.membership.messages import Member, State
+from manifold.kernel.observe.messages import GetMetrics, ProfileNode
 from manifold.kernel.scheduler.messages import JobList, ListJobs
 from manifold.vm.kid import Kid
 
@@ -43,6 +44,8 @@ _ASKED = (
     m.SetLink,
     m.ClearLinks,
     m.Bye,
+    GetMetrics,
+    ProfileNode,
 )
 
 
@@ -77,6 +80,8 @@ class SystemCalls:
             case m.ClearLinks():
                 node.bus.filter.clear()
                 node.bus.reply(incoming, m.Done("every link is whole"))
+            case GetMetrics() | ProfileNode():
+                node.observatory.serve(incoming)
             case m.Bye():
                 node.client_gone(incoming.source)
 
@@ -93,6 +98,7 @@ class SystemCalls:
             sum(member.state in (State.ALIVE, State.SUSPECT) for member in members),
             node.now_ms() - node.started_ms, throttle, workers,
             node.core.scheduler.runner.load(), node.bus.counters["bad"],
+            node.observatory.address,
         )  # fmt: skip
 
     def processes(self) -> tuple[m.Process, ...]:
@@ -211,7 +217,10 @@ class SystemCalls:
                 raise NotFound(
                     f"No node {incoming.destination} is known.", "`manifold node ls` lists them."
                 )
-            answer = await self._node.bus.request(member.kid, incoming.body, GATHER_MS * 5)
+            takes_ms = GATHER_MS * 5
+            if isinstance(incoming.body, ProfileNode):  # it is answered when it is over
+                takes_ms += incoming.body.seconds * 1000
+            answer = await self._node.bus.request(member.kid, incoming.body, takes_ms)
         except ManifoldError as error:
             self._node.bus.reply(incoming, to_failure(error))
             return

@@ -26,16 +26,17 @@ FLOORS = {"vm": 0, "kernel": 1, "shells": 2, "images": 3, "tools": 3, "": 4}  # 
 # Inside the kernel; what is not named here: a folder is a subsystem, a file is at node's height.
 ORDER = {
     **dict.fromkeys(("config", "config_units", "config_loader", "config_document"), 1),
-    **dict.fromkeys(("effects", "limits", "errors", "durable", "places", "identity"), 1),
+    **dict.fromkeys(("effects", "limits", "errors", "durable", "places", "identity", "traces"), 1),
     **dict.fromkeys(("inventory", "rendezvous", "tasks"), 1),
     **dict.fromkeys(("geode", "process"), 2),
     **dict.fromkeys(("scheduler", "nexus", "membership", "memory", "hyperbus", "keg", "mayor"), 3),
     "registry": 3,
+    "observe": 4,  # it reads a whole node
     "main": 5,
 }
 SUBSYSTEM, NODE = 3, 4
 # What shells may import of the kernel, beside every messages.py.
-SHELLS_MAY = ("config", "errors", "hyperbus", "places", "tasks")
+SHELLS_MAY = ("config", "errors", "hyperbus", "places", "tasks", "traces")
 
 PURE_FOLDERS = ("geode",)  # pure without a protocol.py; folders with one are found
 # fmt: off

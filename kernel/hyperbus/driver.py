@@ -196,6 +196,26 @@ class Bus:
         entry = self._peers.get(peer)
         return entry is not None and entry.reverse
 
+    @property
+    def dialed(self) -> int:
+        """Peers that have a queue and a socket here."""
+        return len(self._peers)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that wait for their answers."""
+        return len(self._requests)
+
+    @property
+    def queued_bytes(self) -> int:
+        """What waits for a socket, of all peers."""
+        total = 0
+        for peer in self._peers.values():
+            total += peer.lines[Plane.CONTROL].outbox.queued_bytes
+            if not peer.reverse:  # else both planes are one line
+                total += peer.lines[Plane.DATA].outbox.queued_bytes
+        return total
+
     def address_of(self, peer: str) -> str:
         """Where `peer` is reached, or "" where that is not known."""
         return self._addresses.get(peer, "")
@@ -350,6 +370,7 @@ class Bus:
         if not socket.send(self._seal.seal(to, plane, frame)):
             return False
         self.counters["frames_sent"] += 1
+        self.counters["bytes_sent"] += len(frame)
         return True
 
     def _send_late(self, to: str, plane: Plane, frame: bytes) -> None:
@@ -384,6 +405,7 @@ class Bus:
             self.counters["frames_cut"] += 1
             return
         self.counters["frames_received"] += 1
+        self.counters["bytes_received"] += len(sealed)
         for envelope in frame.envelopes:
             self._dispatch(frame, envelope, plane)
 

@@ -129,6 +129,12 @@ class Commits:
         self._mean_records = 1.0  # of recent batches
         self.stopped = ""
         self.batches = 0
+        self.on_batch: Callable[[float], None] | None = None  # told how long each took, in seconds
+
+    @property
+    def syncs(self) -> int:
+        """Of files and folders, by this process: what wears its storage."""
+        return DISK.syncs
 
     def write(self, held: Held) -> None:
         """Make the record durable; an empty one is removed."""
@@ -211,6 +217,8 @@ class Commits:
         if took_s:  # else there was nothing to write
             self._mean_s += (took_s - self._mean_s) / AVERAGED
             self._mean_records += (len(self._running) - self._mean_records) / AVERAGED
+            if self.on_batch is not None:
+                self.on_batch(took_s)
         done, self._running = self._running, []
         if self._waiting and not self._wake:  # what came meanwhile is synced while we answer
             if self._in_the_loop:

@@ -57,7 +57,10 @@ class Files(Protocol):
 
 
 class Disk:
-    """The real one."""
+    """The real one. `syncs` counts those of this process."""
+
+    def __init__(self) -> None:
+        self.syncs = 0
 
     def make_folder(self, path: Path) -> None:
         make_folder(path)
@@ -100,6 +103,7 @@ class Disk:
             self.write(handle, bytes(size - end), end)
 
     def sync(self, handle: int) -> None:
+        self.syncs += 1
         os.fdatasync(handle)  # with the file's size, as far as reading needs it
 
     def close(self, handle: int) -> None:
@@ -112,6 +116,7 @@ class Disk:
         path.unlink(missing_ok=True)
 
     def sync_folder(self, path: Path) -> None:
+        self.syncs += 1
         sync_folder(path)
 
     def random(self, count: int) -> bytes:

@@ -35,6 +35,7 @@ ATTEMPT_BITS = 40
 BOOT_MASK = (1 << 22) - 1
 
 EFFECTS_MAX = 64  # globals that one program writes
+TRACE_CHARACTERS_MAX = 64  # a traceparent has 55
 SETTLED_MAX = 64  # runs of positions in one acknowledgement
 
 GlobalName = Annotated[str, Meta(min_length=1, max_length=128)]
@@ -57,7 +58,7 @@ class JobSpec(msgspec.Struct, frozen=True, array_like=True):
     `serial`: one after another, in one place. Of kind `python`, the program is a function and each
     index a call of it in a task process of `session`; of kind `wasm` it is a WebAssembly module,
     of which `entry` is called, or a WASI program, run once for each index. `effects`: the globals
-    that the program may write.
+    that the program may write. `trace`: a W3C `traceparent`, "" where the job is not traced.
     """
 
     program: Kid
@@ -75,6 +76,7 @@ class JobSpec(msgspec.Struct, frozen=True, array_like=True):
     entry: Text = ""
     session: Session | None = None
     effects: Annotated[tuple[GlobalName, ...], Meta(max_length=EFFECTS_MAX)] = ()
+    trace: Annotated[str, Meta(max_length=TRACE_CHARACTERS_MAX)] = ""
 
 
 # -- client and owner ---------------------------------------------------------------------------
@@ -330,11 +332,37 @@ class AbortRun:
 
 @dataclass(frozen=True, slots=True)
 class JobEvent:
-    """For the node's log and metrics."""
+    """For the node's log, metrics and traces."""
 
     what: str
     job: str
     detail: str
+    trace: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Of a traced job: a shard was given to a node."""
+
+    job: str
+    shard: int
+    attempt: int
+    tries: int
+    alias: str
+    first: int
+    last: int
+    work_gas: float
+    note: str
+    at_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Of a traced job: every block is counted, and the reduction follows."""
+
+    job: str
+    blocks: int
+    at_ms: float
 
 
 WorkerEffect = StartRun | LimitRun | AbortRun

@@ -21,6 +21,7 @@ from manifold.kernel.scheduler import admission, balance, blocks, outcome
 from manifold.kernel.scheduler.keeper import Keeper
 from manifold.kernel.scheduler.ledger import Job, Shard
 from manifold.kernel.scheduler.messages import (
+    Counted,
     DropShard,
     FetchResult,
     JobEvent,
@@ -58,7 +59,6 @@ class Owner(Planner):
     def __init__(self, me: Kid, config: SchedulerConfig, geode: Geode, boot: int = 0) -> None:
         super().__init__(me, config, geode, boot)
         self.shelf = Shelf(config.retain_ms)
-        self.events: list[JobEvent] = []
         self.keeper = Keeper(self, boot)
         self._ticked_ms = 0.0
 
@@ -302,6 +302,8 @@ class Owner(Planner):
             )
             return effects + self.end(job, "failed", now_ms)
         if job.counted == job.blocks:
+            if job.spec.trace:
+                self.events.append(Counted(job.job, job.blocks, now_ms))
             effects += self.keeper.complete(job, now_ms)
         else:
             if fresh:
@@ -398,7 +400,7 @@ class Owner(Planner):
         return [Send(watcher, status) for watcher in job.watchers]
 
     def _event(self, what: str, job: Job, detail: str) -> None:
-        self.events.append(JobEvent(what, job.job, detail))
+        self.events.append(JobEvent(what, job.job, detail, job.spec.trace))
 
     # -- time ---------------------------------------------------------------------------------
 

@@ -19,7 +19,16 @@ from manifold.kernel.geode.messages import Demand
 from manifold.kernel.process.messages import Fault
 from manifold.kernel.scheduler import balance
 from manifold.kernel.scheduler.ledger import Job, Shard
-from manifold.kernel.scheduler.messages import ATTEMPT_BITS, BOOT_MASK, AssignShard, Shrink, State
+from manifold.kernel.scheduler.messages import (
+    ATTEMPT_BITS,
+    BOOT_MASK,
+    AssignShard,
+    Counted,
+    JobEvent,
+    Placed,
+    Shrink,
+    State,
+)
 from manifold.kernel.scheduler.peers import Peers
 from manifold.vm.kid import Kid
 
@@ -36,6 +45,7 @@ class Planner(ABC):
         self.geode = geode
         self.jobs: OrderedDict[str, Job] = OrderedDict()  # running
         self.peers = Peers(config, geode)
+        self.events: list[JobEvent | Placed | Counted] = []
         self.wake_ms = float("inf")  # a tick is wanted then, sooner than the usual one
         self._attempts = (boot & BOOT_MASK) << ATTEMPT_BITS
         self._waiting: OrderedDict[str, None] = OrderedDict()  # jobs with a shard without a slot
@@ -47,6 +57,11 @@ class Planner(ABC):
     @abstractmethod
     def _event(self, what: str, job: Job, detail: str) -> None:
         """For the node's log."""
+
+    @property
+    def drawn(self) -> int:
+        """The attempt number that was drawn last: the boot, and how many assignments it made."""
+        return self._attempts
 
     def begin(self, job: Job, now_ms: float) -> list[Effect]:
         if not job.blocks:
@@ -220,6 +235,13 @@ class Planner(ABC):
         shard.flight_gas = gas * shard.owed
         self.geode.dispatched(node, shard.flight_gas, now_ms)
         self.peers.took(node)
+        if job.spec.trace:
+            self.events.append(
+                Placed(
+                    job.job, shard.number, shard.attempt, shard.attempts, self.peers.alias(node),
+                    shard.first, shard.last, shard.flight_gas, note, now_ms,
+                )
+            )  # fmt: skip
         return [self._assignment(job, shard)]
 
     def _assignment(self, job: Job, shard: Shard) -> Effect:

@@ -538,6 +538,11 @@ class Runner:
         return bool(self._attempts)
 
     @property
+    def runs(self) -> int:
+        """How many were begun."""
+        return self._next_run - 1
+
+    @property
     def held(self) -> int:
         """Attempts that are here, whatever their state."""
         return len(self._attempts)

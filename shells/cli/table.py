@@ -38,6 +38,11 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "observe": {
         "logs": ("manifold.shells.verbs.observe:logs", "Logs of every node, in order of time."),
+        "metrics": (
+            "manifold.shells.verbs.metrics:metrics",
+            "A node's metrics; all scrape targets.",
+        ),
+        "profile": ("manifold.shells.verbs.profile:profile", "A flame graph of a node at work."),
         "sim": ("manifold.tools.simulator.verbs:sim", "Simulate a cluster from a seed."),
         "torture": ("manifold.tools.torture.verbs:verb", "Hurt a cluster, and judge what it says."),
         "bench": ("manifold.tools.bench.verbs:bench", "Measure, against peers and limits."),

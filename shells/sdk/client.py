@@ -26,6 +26,7 @@ from manifold.kernel import places
 from manifold.kernel.errors import ManifoldError
 from manifold.kernel.geode.messages import Decision, Demand
 from manifold.kernel.nexus.messages import Changed
+from manifold.kernel.observe.messages import Form, GetMetrics, Metrics, Profile, ProfileNode
 from manifold.kernel.process.messages import Value
 from manifold.kernel.scheduler.messages import (
     INDICES_EXPLICIT_MAX,
@@ -37,7 +38,8 @@ from manifold.kernel.scheduler.messages import (
     WhyAnswer,
     WhyTask,
 )
-from manifold.shells.sdk.connection import Connection
+from manifold.shells.sdk import tracing
+from manifold.shells.sdk.connection import REQUEST_TIMEOUT_MS, Connection
 from manifold.shells.sdk.future import Future, cancel_here, error_of, settle
 from manifold.shells.sdk.jobs import Awaited, Job, Jobs
 from manifold.shells.sdk.progress import PROGRESS_S, Shown, is_program, shown
@@ -112,6 +114,7 @@ class Client:
                 if self._calls_of_globals is not None:
                     self.connection.call(self._calls_of_globals.registers.stop())
                 self.connection.call(self.jobs_of.stop())
+                tracing.flush()
             self.connection.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -388,9 +391,11 @@ class Client:
 
     # -- questions ----------------------------------------------------------------------------
 
-    def ask(self, body: msgspec.Struct, node: str = "") -> Any:
+    def ask(
+        self, body: msgspec.Struct, node: str = "", timeout_ms: float = REQUEST_TIMEOUT_MS
+    ) -> Any:
         """One system call, answered by the node we are attached to or by `node`."""
-        return self.connection.call(self.connection.request(body, destination=node))
+        return self.connection.call(self.connection.request(body, timeout_ms, node))
 
     def nodes(self) -> tuple[m.NodeInfo, ...]:
         """Every node that is known, by alias."""
@@ -433,6 +438,17 @@ class Client:
     def log(self, node: str, after: int = 0, contains: str = "") -> m.LogLines:
         """Lines of one node's log after a number, and the number to go on from."""
         answer: m.LogLines = self.ask(m.ReadLog(after, contains), node)
+        return answer
+
+    def metrics(self, node: str = "", form: Form = "text") -> Metrics:
+        """One node's metrics, as text for Prometheus or as families to read."""
+        answer: Metrics = self.ask(GetMetrics(form), node)
+        return answer
+
+    def profile(self, node: str = "", seconds: float = 10.0, hz: int = 100) -> Profile:
+        """Where a node's threads are, looked at `hz` times a second while it goes on serving."""
+        asked = ProfileNode(seconds, hz)
+        answer: Profile = self.ask(asked, node, seconds * 1000 + REQUEST_TIMEOUT_MS)
         return answer
 
 

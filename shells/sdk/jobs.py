@@ -28,6 +28,7 @@ from manifold.kernel.scheduler.messages import (
 )
 from manifold.kernel.tasks.inside import lend
 from manifold.kernel.tasks.messages import Parcel
+from manifold.shells.sdk import tracing
 from manifold.shells.sdk.connection import Connection
 from manifold.shells.sdk.future import JobFailed, error_of
 
@@ -76,7 +77,7 @@ class Job:
 
     __slots__ = (
         "answer", "asked_s", "awaited", "detach", "fetching", "finished", "heard_s", "ir", "job",
-        "killed", "lost_s", "owner", "parcels", "resubmits", "spec", "taken", "task",
+        "killed", "lost_s", "owner", "parcels", "resubmits", "span", "spec", "taken", "task",
     )  # fmt: skip
 
     def __init__(
@@ -106,6 +107,19 @@ class Job:
         self.killed = False  # by us: it is not submitted again
         self.finished = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
+        self.span: tracing.Submission | None = None
+
+    def traced(self, cluster: str) -> None:
+        """Begin its span, where traces are wanted; what computes it learns of that."""
+        self.span = tracing.begin(self.job, self.spec, cluster)
+        if self.span is not None:
+            self.spec = msgspec.structs.replace(self.spec, trace=self.span.traceparent)
+
+    def over(self, state: str, why: str = "") -> None:
+        """Its outcome is known."""
+        self.finished.set()
+        if self.span is not None:
+            self.span.end(state, why)
 
     @property
     def submission(self) -> SubmitJob:
@@ -127,6 +141,7 @@ class Jobs:
         if self._stopped:
             job.awaited.failed(Unavailable(CLOSED))
             return
+        job.traced(self._connection.cluster)
         lend()  # a call that submits is going to wait: somebody else may have its slot
         self._jobs[job.job] = job
         job.answer = self._connection.ask_now(job.submission, ASK_TIMEOUT_MS)
@@ -244,7 +259,7 @@ class Jobs:
             if job.resubmits > RESUBMITS_MAX:
                 raise
             if job.killed:
-                job.finished.set()
+                job.over("cancelled")
                 job.awaited.cancelled()
                 return
             await self._submit(job)
@@ -286,7 +301,7 @@ class Jobs:
             self._fail(job, error_of(status.fault, status))
         else:
             job.awaited.progress(status)
-            job.finished.set()
+            job.over("cancelled")
             job.awaited.cancelled()
 
     async def _finished(self, job: Job, status: JobStatus) -> None:
@@ -303,7 +318,7 @@ class Jobs:
             self._finish(job, status, results)
 
     def _finish(self, job: Job, status: JobStatus, results: Sequence[Any]) -> None:
-        job.finished.set()
+        job.over("done")
         try:
             job.awaited.progress(msgspec.structs.replace(status, results=None))
             job.awaited.done(status, job.taken, results[job.taken :])
@@ -334,5 +349,6 @@ class Jobs:
 
     def _fail(self, job: Job, error: BaseException) -> None:
         if not job.finished.is_set():
-            job.finished.set()
+            left = job.detach and isinstance(error, Unavailable) and error.message == CLOSED
+            job.over("detached" if left else "failed", str(error))
             job.awaited.failed(error)

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import msgspec
 
+from manifold.kernel import traces
 from manifold.kernel.errors import ManifoldError, Refused, Unavailable
 from manifold.kernel.messages import (
     Alive,
@@ -116,7 +117,9 @@ class Supervisor:
         listener.bind(str(self._zygote_path))
         listener.listen(64)
         remains = msgspec.json.encode(self._remains()).decode()
-        arguments = [str(listener.fileno()), str(liveness_read), remains, *PRELOAD]
+        # Nodes that send traces share what that needs, and no loop waits for its import.
+        extra = (traces.SDK,) if traces.wanted(os.environ) and traces.installed() else ()
+        arguments = [str(listener.fileno()), str(liveness_read), remains, *PRELOAD, *extra]
         self._zygote = subprocess.Popen(
             [
                 sys.executable,

@@ -1,0 +1,116 @@
+"""`metrics`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from manifold.kernel.errors import ManifoldError
+from manifold.kernel.messages import NodeInfo
+from manifold.kernel.observe.messages import Metrics
+from manifold.shells.verbs.common import cluster_name, connect, json_option
+
+ID_CHARACTERS = 10  # of a KID, as `manifold node ls` shows it: enough to tell nodes apart
+
+
+class CannotWrite(ManifoldError):
+    """The file that was named cannot be written."""
+
+    code = "cannot_write"
+    exit_code = 2
+
+
+@click.command()
+@click.argument("node", default="")
+@click.option("--targets", is_flag=True, help="Every node's address, for Prometheus to scrape.")
+@click.option("--openmetrics", is_flag=True, help="As OpenMetrics 1.0.")
+@click.option("-o", "--output", default="", metavar="FILE", help="Write FILE, all of it at once.")
+@json_option
+@click.pass_context
+def metrics(
+    context: click.Context, node: str, targets: bool, openmetrics: bool, output: str, as_json: bool
+) -> None:
+    """The metrics of NODE (of the one we are attached to), as text for Prometheus.
+
+    With --targets: the nodes themselves, as JSON for Prometheus's file_sd or http_sd.
+    """
+    if targets and (node or openmetrics):
+        raise click.UsageError("--targets lists every node: it takes no NODE and no other format.")
+    if as_json and openmetrics:
+        raise click.UsageError("--json and --openmetrics are two formats: choose one.")
+    with connect(context) as client:
+        if targets:
+            nodes = client.nodes()
+            found = scrape_targets(nodes, cluster_name(context))
+            silent = [n.alias for n in nodes if not n.pid and n.state in ("ready", "suspect")]
+            if silent:
+                click.secho(f"no answer from {', '.join(silent)}", fg="yellow", err=True)
+            text = json.dumps(found, indent=None if as_json else 2) + "\n"
+        elif as_json:
+            text = json.dumps(as_dict(client.metrics(node, "families"))) + "\n"
+        else:
+            text = client.metrics(node, "openmetrics" if openmetrics else "text").text
+    if output:
+        replace_file(Path(output), text)
+    else:
+        click.echo(text, nl=False)
+
+
+def scrape_targets(nodes: tuple[NodeInfo, ...], cluster: str) -> list[dict[str, Any]]:
+    """One target for each node that serves its metrics, with the labels of its series."""
+    return [
+        {
+            "targets": [node.metrics],
+            "labels": {
+                "node": node.alias, "class": node.node_class, "kid": node.kid[:ID_CHARACTERS],
+                "cluster": cluster,
+            },
+        }
+        for node in nodes
+        if node.metrics
+    ]  # fmt: skip
+
+
+def as_dict(found: Metrics) -> dict[str, Any]:
+    """A node's metrics for `--json`: each sample by the name that queries use."""
+    return {
+        "node": found.alias,
+        "id": found.kid,
+        "address": found.address,
+        "metrics": [
+            {
+                "name": family.name,
+                "type": family.kind,
+                "unit": family.unit,
+                "help": family.help,
+                "samples": [
+                    {
+                        "name": family.sample_name(sample),
+                        "labels": dict(sample.labels),
+                        "value": sample.value,
+                    }
+                    for sample in family.samples
+                ],
+            }
+            for family in found.families
+        ],
+    }
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file so that whoever reads it sees the old one or the new one, whole."""
+    fresh = Path(f"{path}.{os.getpid()}.new")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(path)
+    except OSError as fault:
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        raise CannotWrite(
+            f"{path} cannot be written: {fault.strerror}.", "Name another file with -o."
+        ) from fault

@@ -1,0 +1,1 @@
+"""What people load into Prometheus and Grafana to watch a cluster: see docs/observability.md."""
