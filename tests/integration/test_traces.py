@@ -186,6 +186,32 @@ def test_one_job_is_one_trace_from_its_client_over_its_owner_to_its_runners(
     assert submit.began_ns <= job.began_ns <= reduce.began_ns <= job.ended_ns
 
 
+def test_commands_and_the_nodes_they_start_send_their_spans(
+    cluster_environment: dict[str, str], collector: Collector, tmp_path: Path
+) -> None:
+    environment = cluster_environment | {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "60000",
+    }  # fmt: skip
+
+    def manifold(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "manifold", *arguments], env=environment, cwd=tmp_path,
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    manifold("up", "--nodes", "2", "--detach")
+    try:
+        assert manifold("run", str(COLLATZ), "--range", "1:10", "--reduce", "max") == "19\n"
+        (submit,) = collector.wait(lambda found: bool(of(found, "submit")))  # it has left by now
+    finally:
+        manifold("down", "--yes")
+    spans = collector.wait(complete)  # what nodes had not sent yet they send before they end
+    assert {span.trace for span in spans} == {submit.trace}
+    assert {span.service for span in spans} == {"manifold-client", "manifold-node"}
+
+
 def test_calls_are_traced_beneath_the_span_that_the_program_is_in(
     manifold_cluster: Start, collector: Collector
 ) -> None:
