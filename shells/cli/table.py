@@ -28,8 +28,9 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "cas": ("manifold.shells.verbs.globals:cas", "Set it if it holds what is expected."),
         "add": ("manifold.shells.verbs.globals:add", "Add to a number."),
         "del": ("manifold.shells.verbs.globals:del_", "Delete a global."),
-        "watch": ("manifold.shells.verbs.globals:watch", "A line for each change."),
-        "ls": ("manifold.shells.verbs.globals:ls", "Names, values and versions."),
+        "watch": ("manifold.shells.verbs.tree:watch", "A line for each change."),
+        "ls": ("manifold.shells.verbs.tree:ls", "What is in a folder; names and values."),
+        "cat": ("manifold.shells.verbs.tree:cat", "Print anything of the namespace."),
         "nexus": ("manifold.shells.verbs.nexus:nexus", "Who agrees: status, voters, verify."),
     },
     "programs": {
@@ -38,6 +39,8 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "observe": {
         "logs": ("manifold.shells.verbs.observe:logs", "Logs of every node, in order of time."),
+        "tail": ("manifold.shells.verbs.tree:tail", "The last lines of a log, and what comes."),
+        "export": ("manifold.shells.verbs.export:export", "A whole table, as CSV or JSON."),
         "sim": ("manifold.tools.simulator.verbs:sim", "Simulate a cluster from a seed."),
         "torture": ("manifold.tools.torture.verbs:verb", "Hurt a cluster, and judge what it says."),
         "bench": ("manifold.tools.bench.verbs:bench", "Measure, against peers and limits."),
