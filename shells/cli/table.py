@@ -38,6 +38,8 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "disasm": ("manifold.shells.verbs.programs:disasm", "Show a program's instructions."),
     },
     "observe": {
+        "console": ("manifold.shells.verbs.console:console", "A prompt, and live panes."),
+        "top": ("manifold.shells.verbs.console:top", "The console, on the nodes."),
         "logs": ("manifold.shells.verbs.observe:logs", "Logs of every node, in order of time."),
         "tail": ("manifold.shells.verbs.tree:tail", "The last lines of a log, and what comes."),
         "export": ("manifold.shells.verbs.export:export", "A whole table, as CSV or JSON."),
