@@ -185,13 +185,16 @@ class Console(App[int]):
         self.find("#bar", Ribbon).show(
             *status_bar(self.model, self.pane, width, read_only=self.read_only)
         )
+        self.show_banner()
+        if self.pane in ("nodes", "jobs", "map"):
+            self.find(f"#{self.pane}").update_rows()
+        self.show_keys()
+
+    def show_banner(self) -> None:
         warning = self.banner_line()
         ribbon = self.find("#banner", Ribbon)
         ribbon.set_class(bool(warning), "-shown")
         ribbon.show([(warning, "")] if warning else [])
-        if self.pane in ("nodes", "jobs", "map"):
-            self.find(f"#{self.pane}").update_rows()
-        self.show_keys()
 
     def banner_line(self) -> Line:
         """What stands above everything; nothing where all is well."""

@@ -64,7 +64,7 @@ class ReplayConsole(Console):
         before, self.model = self.model, self.player.model
         if events:
             self.learnt(events, before if before is not self.model else Model())
-        self.tick()
+        self.show_banner()
 
     def banner_line(self) -> Line:
         player = self.player
@@ -89,7 +89,7 @@ class ReplayConsole(Console):
 
     def action_pause(self) -> None:
         self.player.paused = not self.player.paused
-        self.tick()
+        self.show_banner()
 
     def action_step(self) -> None:
         """Stop, and go on by one look."""
@@ -102,4 +102,4 @@ class ReplayConsole(Console):
     def action_faster(self, by: int) -> None:
         at = min(range(len(SPEEDS)), key=lambda i: abs(SPEEDS[i] - self.player.speed)) + by
         self.player.speed = SPEEDS[max(0, min(len(SPEEDS) - 1, at))]
-        self.tick()
+        self.show_banner()

@@ -61,7 +61,7 @@ class LogPane(Vertical):
         self._count = 0
 
     def compose(self) -> ComposeResult:
-        yield Ribbon(id="log-state")
+        yield Ribbon(id="log-state", on_ground=True)
         yield TextView(id="log-text", wrap=False)
         yield Input(id="log-filter", placeholder="lines with", compact=True)
 

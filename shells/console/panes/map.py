@@ -162,7 +162,7 @@ class MapPane(Widget, can_focus=True):
         look = getattr(self.app, "look", None)
         assert isinstance(look, Look)
         line = self._lines[y] if y < len(self._lines) else ()
-        return strip_of(line, self.size.width, look, self.rich_style)
+        return strip_of(line, self.size.width, look, look.ground)
 
     # -- choosing ---------------------------------------------------------------------------------
 
