@@ -98,7 +98,7 @@ class Console(App[int]):
         self.runner = Runner(self._environ_of)
         self.entering = Entering(self, self.runner, cluster, read_only=read_only)
         self.feed: Feed | None = None
-        self._boot = Boot(VERSION, f"Python {platform.python_version()}, {platform.machine()}")
+        self._boot = self.boot()
         self._told = ""  # what the last line that a key stood for has said
         self._pager: Pager | None = None
         self.history = History(self._history_path())
@@ -108,21 +108,38 @@ class Console(App[int]):
             jobs=lambda: list(reversed(self.model.jobs)), cluster=cluster,
         )  # fmt: skip
 
+        # Kept by name: what is shown is told to them also while the screen is built or taken down.
+        self.bar, self.banner, self.keys = Ribbon(id="bar"), Ribbon(id="banner"), Ribbon(id="keys")
+        self.switcher = ContentSwitcher(initial=pane)
+        self.shell = ShellPane(self.history, self.completer)
+        self.nodes = NodesPane("nodes", lambda: self.model, self.now_ms)
+        self.jobs = JobsPane("jobs", lambda: self.model, self.now_ms)
+        self.map = MapPane(lambda: self.model, self.now_ms)
+        self.log_pane = LogPane(lambda: self.model, cluster, self._environ_of)
+        self.panes: dict[str, ShellPane | NodesPane | JobsPane | MapPane | LogPane] = {
+            "shell": self.shell, "nodes": self.nodes, "jobs": self.jobs, "map": self.map,
+            "log": self.log_pane,
+        }  # fmt: skip
+
+    def boot(self) -> Boot:
+        """What the boot messages begin with."""
+        return Boot(VERSION, f"Python {platform.python_version()}, {platform.machine()}")
+
     def _history_path(self) -> Path:
         return places.state_home(self._environ_of) / NAME
 
     # -- life -------------------------------------------------------------------------------------
 
     def compose(self) -> ComposeResult:
-        yield Ribbon(id="bar")
-        yield Ribbon(id="banner")
-        with ContentSwitcher(initial=self.first_pane):
-            yield ShellPane(self.history, self.completer)
-            yield NodesPane("nodes", lambda: self.model, self.now_ms)
-            yield JobsPane("jobs", lambda: self.model, self.now_ms)
-            yield MapPane(lambda: self.model, self.now_ms)
-            yield LogPane(lambda: self.model, self.cluster, self._environ_of)
-        yield Ribbon(id="keys")
+        yield self.bar
+        yield self.banner
+        with self.switcher:
+            yield self.shell
+            yield self.nodes
+            yield self.jobs
+            yield self.map
+            yield self.log_pane
+        yield self.keys
 
     def on_mount(self) -> None:
         self.runner.start()
@@ -182,26 +199,24 @@ class Console(App[int]):
         if not self.is_running or not self.screen_stack:
             return
         width = self.size.width
-        self.find("#bar", Ribbon).show(
-            *status_bar(self.model, self.pane, width, read_only=self.read_only)
-        )
+        self.bar.show(*status_bar(self.model, self.pane, width, read_only=self.read_only))
         self.show_banner()
-        if self.pane in ("nodes", "jobs", "map"):
-            self.find(f"#{self.pane}").update_rows()
+        shown = self.panes[self.pane]
+        if isinstance(shown, NodesPane | JobsPane | MapPane):
+            shown.update_rows()
         self.show_keys()
 
     def show_banner(self) -> None:
         warning = self.banner_line()
-        ribbon = self.find("#banner", Ribbon)
-        ribbon.set_class(bool(warning), "-shown")
-        ribbon.show([(warning, "")] if warning else [])
+        self.banner.set_class(bool(warning), "-shown")
+        self.banner.show([(warning, "")] if warning else [])
 
     def banner_line(self) -> Line:
         """What stands above everything; nothing where all is well."""
         return banner(self.model, self.now_ms())
 
     def show_keys(self) -> None:
-        self.find("#keys", Ribbon).show(*self.key_parts())
+        self.keys.show(*self.key_parts())
 
     def key_parts(self) -> tuple[list[Part], list[Part]]:
         """The keys, and the verb that the last one ran."""
@@ -215,38 +230,20 @@ class Console(App[int]):
         return ""
 
     def _opened(self) -> bool:
-        return self.pane in ("nodes", "jobs") and bool(
-            self.find(f"#{self.pane}").has_class("-open")
-        )
+        shown = self.panes[self.pane]
+        return isinstance(shown, NodesPane | JobsPane) and shown.opened
 
     # -- panes ------------------------------------------------------------------------------------
 
     @property
-    def base(self) -> Any:
-        return self.screen_stack[0]
-
-    def find(self, *arguments: Any) -> Any:
-        """A widget of the first screen, where panes are, whatever lies above it."""
-        return self.base.query_one(*arguments)
-
-    @property
     def pane(self) -> str:
-        return self.find(ContentSwitcher).current or "shell"
-
-    @property
-    def shell(self) -> ShellPane:
-        found: ShellPane = self.find("#shell", ShellPane)
-        return found
-
-    @property
-    def log_pane(self) -> LogPane:
-        found: LogPane = self.find("#log", LogPane)
-        return found
+        """The name of the one that is shown."""
+        return self.switcher.current or "shell"
 
     def action_pane(self, name: str) -> None:
         """Show a pane."""
-        self.find(ContentSwitcher).current = name
-        self.find(f"#{name}").focus_pane()
+        self.switcher.current = name
+        self.panes[name].focus_pane()
         self._want_logs()
         self.call_after_refresh(self.tick)
 
@@ -281,9 +278,9 @@ class Console(App[int]):
         self.look = Look(PALETTES[name])
         self.theme = f"manifold-{name}"
         self.shell.label(self._label())
-        self.screen.refresh(layout=True)
-        for widget in self.base.walk_children():
-            widget.refresh()
+        for screen in self.screen_stack:
+            for widget in screen.walk_children():
+                widget.refresh()
 
     # -- the prompt (the `Desk` of entering.py) ---------------------------------------------------
 
@@ -397,11 +394,11 @@ class Console(App[int]):
     # -- what keys do to what is chosen -----------------------------------------------------------
 
     def _node(self) -> str:
-        node = self.model.nodes.get(self.find("#nodes", NodesPane).table.chosen)
+        node = self.model.nodes.get(self.nodes.table.chosen)
         return node.alias if node is not None else ""
 
     def _job(self) -> str:
-        found: str = self.find("#jobs", JobsPane).table.chosen
+        found: str = self.jobs.table.chosen
         return found
 
     def chosen_node(self) -> str:
@@ -452,6 +449,6 @@ class Console(App[int]):
     @on(MapPane.Opened)
     def _map_opened(self, event: MapPane.Opened) -> None:
         self.action_pane("nodes")
-        nodes = self.find("#nodes", NodesPane)
+        nodes = self.nodes
         nodes.table.choose(event.kid)
         nodes.table.action_open()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from manifold.shells.console import messages as e
-from manifold.shells.console.figures import age, amount, bar, coarse, size, spark
+from manifold.shells.console.figures import age, amount, bar, coarse, plural, size, spark
 from manifold.shells.console.model import Model
 from manifold.shells.console.theme import Line, Span
 from manifold.shells.console.view import Column, Row
@@ -153,14 +153,14 @@ def node_page(model: Model, kid: str, now_ms: int, width: int) -> list[Line]:
         _fact("memory", size(node.memory_bytes)
               + (f", {size(load.free_memory_bytes)} free" if load.free_memory_bytes >= 0 else "")),
         _fact("sees", f"{node.alive} nodes alive"),
-        _fact("process", f"{node.pid}, boot {node.boot}, {load.workers} workers"),
+        _fact("process", f"{node.pid}, boot {node.boot}, {plural(load.workers, 'worker')}"),
         _fact("up", age(now_ms - node.started_ms) if node.started_ms else "unknown"),
     ]  # fmt: skip
     if node.gpu:
         lines.append(_fact("gpu", "yes"))
     if node.bad_messages:
         lines.append((*_label("bad"), (f"{node.bad_messages} messages refused", "warn")))
-    lines += [(), ((f"runs {len(runs)} shards" if runs else "runs nothing", "head"),)]
+    lines += [(), ((f"runs {plural(len(runs), 'shard')}" if runs else "runs nothing", "head"),)]
     lines += [_run_line(run, now_ms) for run in runs[:64]]
     logged = [line for alias, line in model.logs if alias == node.alias][-200:]
     lines += [(), (("its log", "head"),)]

@@ -249,7 +249,7 @@ def test_a_click_chooses_a_row_and_a_click_on_a_title_sorts(manifold_cluster: An
     async def steps(pilot: Pilot[Any]) -> None:
         app = await attached(pilot, 3)
         await pilot.press("f3")
-        table = app.find("#nodes-table")
+        table = app.nodes.table
         await until(pilot, lambda: len(table.keys) == 3, "the rows are there")
         await pilot.click("#nodes-table", offset=(4, 2))
         assert table.chosen == table.keys[1]
