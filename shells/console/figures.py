@@ -76,3 +76,18 @@ def coarse(milliseconds: float) -> str:
 def plural(count: int, word: str) -> str:
     """`1 node`, `2 nodes`."""
     return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+def area(history: Sequence[float], width: int, height: int) -> list[str]:
+    """Shares from 0 to 1 as an area of `height` rows, the newest at the right."""
+    shown = list(history)[-width:]
+    eighths = [round(max(0.0, min(1.0, value)) * height * 8) for value in shown]
+    rows = []
+    for row in range(height - 1, -1, -1):
+        cells = (max(0, min(8, each - row * 8)) for each in eighths)
+        rows.append("".join(" ▁▂▃▄▅▆▇█"[each] for each in cells).rjust(width))
+    if rows and shown:  # where nothing happened the ground line is seen
+        rows[-1] = "".join(
+            "▁" if cell == " " else cell for cell in rows[-1][width - len(shown) :]
+        ).rjust(width)
+    return rows

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
 from manifold.shells.console import messages as e
-from manifold.shells.console.figures import age, amount, bar, coarse, plural, size, spark
+from manifold.shells.console.figures import age, amount, area, bar, coarse, plural, size, spark
 from manifold.shells.console.model import Model
 from manifold.shells.console.theme import Line, Span
 from manifold.shells.console.view import Column, Row
@@ -22,7 +23,6 @@ JOB_GLYPHS = {
     "cancelled": ("■", "dim"),
 }  # fmt: skip
 SPARK_WIDTH = 12
-HIGH = 0.85  # of a node's slots busy: shown as such
 
 NODE_COLUMNS = (
     Column("alias", "node", 12, rank=99, grows=True, letter="a"),
@@ -66,7 +66,8 @@ def glyph(table: dict[str, tuple[str, str]], state: str) -> Line:
 
 
 def load_style(share: float) -> str:
-    return "warn" if share >= HIGH else "accent" if share > 0 else "faint"
+    """A node that is busy altogether is well: it is what it is there for."""
+    return "ok" if share >= 1 else "accent" if share > 0 else "faint"
 
 
 def busy_cell(busy: int, slots: int, width: int = 12) -> Line:
@@ -186,6 +187,18 @@ def _run_line(run: e.Run, now_ms: int) -> Line:
     )  # fmt: skip
 
 
+def cluster_chart(model: Model, width: int, height: int) -> list[Line]:
+    """The history of the whole cluster's load, as an area under its title."""
+    busy, slots = model.slots()
+    queued = sum(load.queued_gas for load in model.loads.values())
+    waits = f"  {amount(queued)} gas queued" if queued else ""
+    title: Line = (
+        (" cluster", "head"), (f"  {busy} of {plural(slots, 'slot')} busy{waits}", "dim"),
+    )  # fmt: skip
+    rows = area(model.total_busy(), width - 2, height - 1)
+    return [title, *(((f" {row}", "accent"),) for row in rows)]
+
+
 # -- jobs -----------------------------------------------------------------------------------------
 
 
@@ -250,7 +263,8 @@ def job_page(model: Model, job_id: str, now_ms: int, width: int) -> list[Line]:
     progress = model.progress.get(job_id, e.Progress())
     rates = list(model.rates.get(job_id, ()))
     share = progress.done / job.total if job.total else 0.0
-    full, rest = bar(share, max(10, min(50, width - 30)))
+    words = f" {share:.1%}  {progress.done:,} of {job.total:,}"
+    full, rest = bar(share, max(6, min(50, width - 13 - len(words))))
     time_ms = job_age_ms(model, job, now_ms)
     lines: list[Line] = [
         ((job.job, "bold"), ("  ", ""), *glyph(JOB_GLYPHS, job.state)),
@@ -258,11 +272,11 @@ def job_page(model: Model, job_id: str, now_ms: int, width: int) -> list[Line]:
         _fact("what", job.name or job.program),
         (*_label("done"), (full, "accent" if job.state == "running" else "ok"),
          (rest.replace(" ", "·"), "faint"),
-         (f" {share:.1%}  {progress.done:,} of {job.total:,}", "")),
+         (words, "")),
         _fact("time", age(time_ms) + _left(job, share, time_ms)),
         _fact("reduce", job.reduce),
         _fact("owner", model.name(job.owner)),
-        _fact("shards", f"{progress.shards}, {progress.retries} retries"),
+        _fact("shards", f"{progress.shards}, {progress.retries} tried again"),
     ]  # fmt: skip
     if rates:
         top = max(rates)
@@ -270,7 +284,9 @@ def job_page(model: Model, job_id: str, now_ms: int, width: int) -> list[Line]:
         lines.append((*_label("rate"), (spark(rates, wide, top), "accent"),
                       (f" {amount(rates[-1])}/s", "")))  # fmt: skip
     if job.error:
-        lines.append((*_label("error"), (job.error, "bad")))
+        cut_up = textwrap.wrap(job.error, max(20, width - 12)) or [""]
+        lines.append((*_label("error"), (cut_up[0], "bad")))
+        lines += [(*_label(""), (each, "bad")) for each in cut_up[1:]]
     shards = sorted(model.shards(job_id), key=lambda each: each[1].shard)
     lines += [(), ((f"{len(shards)} shards are on nodes" if shards else "no shard runs", "head"),)]
     for alias, run in shards[:512]:

@@ -32,7 +32,8 @@ class ListingPane(Horizontal):
         display: block; width: 40%; border-left: solid $rule; padding: 0 1;
     }
     ListingPane.-open .page { display: block; padding: 0 1; }
-    ListingPane.-open Table { display: none; }
+    ListingPane.-open Table, ListingPane.-open .left { display: none; }
+    ListingPane .left { width: 1fr; }
     ListingPane .filter {
         display: none; dock: bottom; height: 1; border: none; padding: 0 1; background: $panel;
     }
@@ -54,7 +55,11 @@ class ListingPane(Horizontal):
 
     def compose(self) -> ComposeResult:
         yield Table(self.columns, id=f"{self.id}-table")
-        yield TextView(id=f"{self.id}-page").set_class(True, "page")
+        yield from self.compose_page()
+
+    def compose_page(self) -> ComposeResult:
+        """The page of a row, and the field of the filter."""
+        yield TextView(id=f"{self.id}-page", wrap=False).set_class(True, "page")
         yield Input(id=f"{self.id}-filter", placeholder="filter", compact=True).set_class(
             True, "filter"
         )

@@ -107,8 +107,9 @@ class MapPane(Widget, can_focus=True):
             if node is None:
                 continue
             share = model.share(spot.kid)
-            style = load_style(share) if node.state == "ready" else _state_style(node.state)
-            style = style if share or node.state != "ready" else "dim"
+            style = _state_style(node.state)
+            if node.state == "ready":
+                style = load_style(share) if share else "dim"
             for row, text in enumerate(disc(spot, share, node.state)):
                 pieces.setdefault(spot.y + row, []).append((spot.x, text, style))
             if spot.label:
@@ -132,7 +133,7 @@ class MapPane(Widget, can_focus=True):
             target = spots.get(move.to)
             job = model.jobs.get(move.job)
             source = spots.get(move.source or (model.name(job.owner) if job else ""))
-            if target is None or source is None:
+            if target is None or source is None or target is source:
                 continue
             (x0, y0), (x1, y1) = source.centre, target.centre
             found.append((int(x0 + (x1 - x0) * share), int(y0 + (y1 - y0) * share)))
@@ -154,7 +155,8 @@ class MapPane(Widget, can_focus=True):
 
     def _legend(self) -> Line:
         return (
-            (" ○ idle  ", "dim"), ("◒ fills with load  ", "accent"), ("◌ suspect  ", "warn"),
+            (" ○ idle  ", "dim"), ("◒ fills with load  ", "accent"), ("● full  ", "ok"),
+            ("◌ suspect  ", "warn"),
             ("✕ dead  ", "bad"), (f"{DOT} a shard moves", "other"),
         )  # fmt: skip
 
