@@ -17,6 +17,7 @@ from textual import events, on
 from textual.app import App, ComposeResult
 from textual.binding import Binding
 from textual.message import Message
+from textual.screen import ModalScreen
 from textual.widgets import ContentSwitcher
 
 from manifold.kernel import places
@@ -67,7 +68,9 @@ class Console(App[int]):
     ENABLE_COMMAND_PALETTE = True
     COMMANDS: ClassVar[set[Any]] = {Actions}
     BINDINGS: ClassVar[list[Any]] = [
-        *(Binding(f"f{n + 2},alt+{n + 1}", f"pane('{p}')") for n, p in enumerate(PANES)),
+        # First of all widgets: what is typed behind it has to reach the pane that it opens.
+        *(Binding(f"f{n + 2},alt+{n + 1}", f"pane('{p}')", priority=True)
+          for n, p in enumerate(PANES)),
         *(Binding(f"{n + 1}", f"pane('{p}')") for n, p in enumerate(PANES)),
         Binding("tab", "turn(1)"), Binding("shift+tab", "turn(-1)"),
         Binding("f1,question_mark", "help"), Binding("colon", "pane('shell')"),
@@ -241,7 +244,9 @@ class Console(App[int]):
         return self.switcher.current or "shell"
 
     def action_pane(self, name: str) -> None:
-        """Show a pane."""
+        """Show a pane; what lies above it is closed."""
+        if isinstance(self.screen, ModalScreen) and len(self.screen_stack) > 1:
+            self.screen.dismiss()
         self.switcher.current = name
         self.panes[name].focus_pane()
         self._want_logs()

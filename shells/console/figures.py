@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-SPARKS = "▁▂▂▃▄▅▆▇█"  # nothing is a ground line, the least rises from it
-EIGHTHS = " ▏▎▍▌▋▊▉"
+SPARKS = "▁▂▂▃▄▅▆▆▇"  # nothing is a ground line; the most leaves a gap to the row above
 SIZES = ("B", "K", "M", "G", "T", "P")
 
 
@@ -22,11 +21,10 @@ def spark(history: Sequence[float], width: int, top: float = 1.0) -> str:
 
 
 def bar(share: float, width: int) -> tuple[str, str]:
-    """The full part of a bar, in eighths of a cell, and the blank rest."""
-    eighths = round(max(0.0, min(1.0, share)) * width * 8)
-    full, part = divmod(eighths, 8)
-    text = "█" * full + (EIGHTHS[part] if part else "")
-    return text, " " * (width - len(text))
+    """The full part of a bar, in halves of a cell, and the rest."""
+    full, half = divmod(round(max(0.0, min(1.0, share)) * width * 2), 2)
+    text = "━" * full + "╸" * half
+    return text, "─" * (width - len(text))
 
 
 def size(count: float) -> str:
@@ -80,7 +78,7 @@ def plural(count: int, word: str) -> str:
 
 def area(history: Sequence[float], width: int, height: int) -> list[str]:
     """Shares from 0 to 1 as an area of `height` rows, the newest at the right."""
-    shown = list(history)[-width:]
+    shown = list(history)[-width:] if width > 0 else []
     eighths = [round(max(0.0, min(1.0, value)) * height * 8) for value in shown]
     rows = []
     for row in range(height - 1, -1, -1):

@@ -75,7 +75,6 @@ def busy_cell(busy: int, slots: int, width: int = 12) -> Line:
     words = f"{busy}/{slots}"
     room = width - len(words) - 1
     full, rest = bar(busy / slots if slots else 0.0, room)
-    rest = rest.replace(" ", "·")
     words_style = "" if busy else "dim"
     share = busy / slots if slots else 0.0
     return ((full, load_style(share)), (rest, "faint"), (f" {words}", words_style))
@@ -148,7 +147,7 @@ def node_page(model: Model, kid: str, now_ms: int, width: int) -> list[Line]:
         _fact("id", node.kid),
         _fact("slots", f"{load.busy} busy of {node.cores}, {node.compute:g} core each"
               + (f", {node.throttle}" if node.throttle not in ("", "none") else "")),
-        (*_label("load"), (spark(history, spark_width), load_style(model.share(kid)))),
+        (*_label("load"), (spark(history, spark_width).lstrip(), load_style(model.share(kid)))),
         _fact("queue", f"{amount(load.queued_gas)} gas" if load.queued_gas else "empty"),
         _fact("speed", f"{amount(load.gas_per_s)} gas/s a slot" if load.gas_per_s else "unknown"),
         _fact("memory", size(node.memory_bytes)
@@ -224,7 +223,7 @@ def _job_row(model: Model, job: e.Job, now_ms: int) -> Row:
     return {
         "job": ((job.job, "" if runs else "dim"),),
         "state": glyph(JOB_GLYPHS, job.state),
-        "done": ((full, style), (rest.replace(" ", "·"), "faint"),
+        "done": ((full, style), (rest, "faint"),
                  (f" {int(share * 100):3}%", "" if runs else "dim")),
         "rate": ((spark(rates, SPARK_WIDTH, max(rates, default=0.0)), style if runs else "dim"),),
         "total": ((amount(job.total), "dim"),),
@@ -232,7 +231,7 @@ def _job_row(model: Model, job: e.Job, now_ms: int) -> Row:
         "retries": ((str(progress.retries or "·"), "warn" if progress.retries else "faint"),),
         "time": ((age(job_age_ms(model, job, now_ms)), "dim"),),
         "owner": ((model.name(job.owner), "dim"),),
-        "what": ((job.name or job.program[:10], ""),),
+        "what": ((job.name.rpartition("/")[2] or job.program[:10], ""),),
     }  # fmt: skip
 
 
@@ -271,7 +270,7 @@ def job_page(model: Model, job_id: str, now_ms: int, width: int) -> list[Line]:
         (),
         _fact("what", job.name or job.program),
         (*_label("done"), (full, "accent" if job.state == "running" else "ok"),
-         (rest.replace(" ", "·"), "faint"),
+         (rest, "faint"),
          (words, "")),
         _fact("time", age(time_ms) + _left(job, share, time_ms)),
         _fact("reduce", job.reduce),
@@ -281,7 +280,7 @@ def job_page(model: Model, job_id: str, now_ms: int, width: int) -> list[Line]:
     if rates:
         top = max(rates)
         wide = max(10, min(60, width - 30))
-        lines.append((*_label("rate"), (spark(rates, wide, top), "accent"),
+        lines.append((*_label("rate"), (spark(rates, wide, top).lstrip(), "accent"),
                       (f" {amount(rates[-1])}/s", "")))  # fmt: skip
     if job.error:
         cut_up = textwrap.wrap(job.error, max(20, width - 12)) or [""]

@@ -92,7 +92,7 @@ class ListingPane(Horizontal):
         self.page.follow = False
 
     def focus_pane(self) -> None:
-        (self.page if self.has_class("-open") else self.table).focus()
+        self.screen.set_focus(self.page if self.opened else self.table)
 
     def update_rows(self) -> None:
         """Show what is known now; only what differs is painted."""
@@ -119,7 +119,7 @@ class ListingPane(Horizontal):
 
     def on_resize(self, event: events.Resize) -> None:
         self.set_class(event.size.width >= BESIDE_COLUMNS_MIN, "-beside")
-        self.call_after_refresh(self._show_page)
+        self.call_after_refresh(self.update_rows)
 
     @property
     def opened(self) -> bool:

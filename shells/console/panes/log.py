@@ -70,7 +70,7 @@ class LogPane(Vertical):
         return self.query_one("#log-text", TextView)
 
     def focus_pane(self) -> None:
-        self.text.focus()
+        self.screen.set_focus(self.text)
 
     # -- lines ------------------------------------------------------------------------------------
 

@@ -52,7 +52,7 @@ class MapPane(Widget, can_focus=True):
         self._timer: Timer | None = None
 
     def focus_pane(self) -> None:
-        self.focus()
+        self.screen.set_focus(self)
 
     def update_rows(self) -> None:
         """Draw what is known now; repaints the rows that differ."""

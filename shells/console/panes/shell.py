@@ -79,7 +79,7 @@ class ShellPane(Vertical):
         self.output.can_focus = False
 
     def focus_pane(self) -> None:
-        self.prompt.focus()
+        self.screen.set_focus(self.prompt)
 
     # -- printing ---------------------------------------------------------------------------------
 
