@@ -38,6 +38,10 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "disasm": ("manifold.shells.verbs.programs:disasm", "Show a program's instructions."),
     },
     "observe": {
+        "console": ("manifold.shells.verbs.console:console", "A prompt, and live panes."),
+        "top": ("manifold.shells.verbs.console:top", "The console, on the nodes."),
+        "record": ("manifold.shells.verbs.console:record", "Record what happens, for replay."),
+        "replay": ("manifold.shells.verbs.console:replay", "Show a recording in the console."),
         "logs": ("manifold.shells.verbs.observe:logs", "Logs of every node, in order of time."),
         "metrics": (
             "manifold.shells.verbs.metrics:metrics",
