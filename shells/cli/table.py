@@ -37,6 +37,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "disasm": ("manifold.shells.verbs.programs:disasm", "Show a program's instructions."),
     },
     "observe": {
+        "web": ("manifold.shells.web.verbs:web", "The console in a browser, behind a token."),
         "logs": ("manifold.shells.verbs.observe:logs", "Logs of every node, in order of time."),
         "sim": ("manifold.tools.simulator.verbs:sim", "Simulate a cluster from a seed."),
         "torture": ("manifold.tools.torture.verbs:verb", "Hurt a cluster, and judge what it says."),
