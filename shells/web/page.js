@@ -57,6 +57,7 @@ function connect() {
   ended = null;
   terminal.reset();
   fit.fit();
+  terminal.write(`\x1b[2m${document.title}: starting the console …\x1b[0m`);
   const url = new URL("socket", location.href);
   url.protocol = "ws:";
   url.search = `?columns=${terminal.cols}&rows=${terminal.rows}`;
@@ -128,6 +129,6 @@ window.addEventListener("focus", () => send("web.focus", true));
 window.addEventListener("blur", () => send("web.focus", false));
 again.addEventListener("click", connect);
 
-terminal.open(document.getElementById("terminal"));
+terminal.open(document.getElementById("screen"));
 window.terminal = terminal;
 connect();

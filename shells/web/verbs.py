@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 import tempfile
@@ -67,7 +68,7 @@ async def _until_stopped(server: WebServer, opens: bool, as_json: bool) -> None:
     await server.start()
     try:
         if as_json:
-            print_json({"address": server.address, "host": server.origin, "port": server.port})
+            print_json({"address": server.address, "port": server.port, "pid": os.getpid()})
         else:
             click.echo(f"open  {server.address}")
             click.echo("      It is for you alone: whoever has it has the console. Ctrl-C ends it.")

@@ -552,3 +552,20 @@ def test_where_the_extra_is_missing_it_is_said_what_to_install(module: str) -> N
     error = json.loads(done.stdout)["error"]
     assert (done.returncode, done.stderr) == (2, "")
     assert "manifold-os[web]" in error["next"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--host", "0.0.0.0"], 4, "no loopback address"),
+        (["--port", "65536"], 2, "65536"),
+        (["--port", "1", "--host", "example.com"], 4, "no loopback address"),
+    ],
+)
+def test_the_verb_says_why_it_does_not_serve(arguments: list[str], code: int, says: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "manifold", "web", "--json", *arguments],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (code, "")
+    assert says in json.loads(done.stdout)["error"]["message"]
