@@ -18,13 +18,16 @@ import contextlib
 import hmac
 import html
 import ipaddress
+import logging
 import secrets
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote
 
 import msgspec
 from aiohttp import WSCloseCode, web
+from aiohttp.http_exceptions import HttpProcessingError
 from textual_serve.download_manager import DownloadManager
 
 from manifold.kernel.errors import Refused
@@ -36,6 +39,7 @@ TOKEN_BYTES = 24  # 192 bits: nobody guesses it, at any rate
 SESSIONS_MAX = 8  # consoles at a time, of 60 MB each: half a gigabyte
 MESSAGE_BYTES_MAX = 128 << 10  # KEYS_CHARS_MAX characters of 6 bytes when escaped, and its frame
 HEARTBEAT_S = 15.0  # a tab whose machine has gone away is noticed after 1.5 of these
+IDLE_S = 30.0  # a connection without a request
 GRACE_S = 1.0  # for answers that are under way when the server stops
 REFUSED = 4003  # close codes of our own, 4000-4999: RFC 6455 7.4.2
 ENDED = 4000
@@ -120,7 +124,11 @@ class WebServer:
             web.get(self._home + "download/{key}", self._download, allow_head=False),
             web.get(self._home + "{name}", self._file),
         ])  # fmt: skip
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=GRACE_S)
+        log = logging.Logger("manifold.web")
+        log.addHandler(_Faults())
+        self._runner = web.AppRunner(
+            app, access_log=None, logger=log, shutdown_timeout=GRACE_S, keepalive_timeout=IDLE_S
+        )
         await self._runner.setup()
         try:
             site = web.TCPSite(self._runner, self._host, self._wanted_port)
@@ -266,6 +274,17 @@ class WebServer:
             self._sockets.remove(socket)
             self._left.set()
         return socket
+
+
+class _Faults(logging.Handler):
+    """A fault of ours in one line. What a visitor did wrong has been answered, and is not ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        fault = record.exc_info[1] if record.exc_info else None
+        if record.levelno >= logging.WARNING and not isinstance(
+            fault, HttpProcessingError | ConnectionError
+        ):
+            print(f"error: {record.getMessage()}: {fault!r}", file=sys.stderr)
 
 
 class _Size(msgspec.Struct, frozen=True):

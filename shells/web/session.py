@@ -22,6 +22,7 @@ from collections.abc import Sequence
 
 import msgspec
 from aiohttp import WSMsgType, web
+from textual_serve._binary_encode import DecodeError
 from textual_serve.app_service import AppService
 from textual_serve.download_manager import DownloadManager
 
@@ -164,14 +165,17 @@ class Session(AppService):
         return False
 
     async def _packet(self, kind: bytes, payload: bytes) -> None:
-        if kind == b"D":
-            await self.on_data(payload)
-        elif kind == b"M":
-            await self.on_meta(payload)
-        elif kind == b"P":
-            await self.on_packed(payload)
-        else:
-            raise BadPacket(f"the console sent a packet of kind {kind!r}")
+        try:
+            if kind == b"D":
+                await self.on_data(payload)
+            elif kind == b"M":
+                await self.on_meta(payload)
+            elif kind == b"P":
+                await self.on_packed(payload)
+            else:
+                raise BadPacket(f"the console sent a packet of kind {kind!r}")
+        except (ValueError, LookupError, DecodeError) as fault:
+            raise BadPacket(f"the console sent a packet that does not decode ({fault})") from fault
 
     async def on_meta(self, data: bytes) -> None:
         """An address to open, or a file to fetch."""

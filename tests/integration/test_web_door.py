@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import select
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -18,9 +16,8 @@ import aiohttp
 import pytest
 from yarl import URL
 
-from manifold.kernel.errors import Refused, Unsupported
-from manifold.shells.web import assets
-from manifold.shells.web.server import HEADERS, SESSIONS_MAX, TOO_MANY, Served, WebServer, loopback
+from manifold.kernel.errors import Refused
+from manifold.shells.web.server import HEADERS, SESSIONS_MAX, TOO_MANY, Served, WebServer
 
 ECHO = [sys.executable, str(Path(__file__).parent / "echo_console.py")]
 READS = "while read -r line; do :; done"
@@ -295,6 +292,58 @@ def test_a_session_needs_a_size_that_makes_sense(query: str) -> None:
     run(test)
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [b"garbage\r\n\r\n", b"\x16\x03\x01\0\0", b"GET / HTTP/1.1\r\n\r\n",
+     b"GET / HTTP/1.1\r\nHost: a\r\nHost: 127.0.0.1\r\n\r\n", b"GET http://[ HTTP/1.1\r\n\r\n",
+     b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\n\r\n",
+     b"FLURB / HTTP/1.1\r\nHost: localhost\r\n\r\n"],
+    ids=str,
+)  # fmt: skip
+def test_what_is_not_http_is_answered_and_leaves_no_traceback(
+    sent: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def test() -> None:
+        async with visiting() as visitor:
+            reader, writer = await asyncio.open_connection("127.0.0.1", visitor.server.port)
+            writer.write(sent)
+            async with asyncio.timeout(OPEN_S):
+                answer = await reader.readline()
+            assert answer.split()[1] in (b"400", b"405")
+            writer.close()
+            await writer.wait_closed()
+
+    run(test)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_tabs_that_vanish_while_they_open_leave_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    async def test() -> None:
+        async with visiting() as visitor:
+            server = visitor.server
+            cookie = next(iter(visitor.client.cookie_jar))
+            ask = (
+                f"GET {visitor.home}socket?columns=80&rows=24 HTTP/1.1\r\nHost: localhost\r\n"
+                f"Origin: http://localhost\r\nCookie: {cookie.key}={cookie.value}\r\n"
+                "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+                "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+            )
+            for more in (b"", b"\xff\xff\xff\xff"):
+                for _ in range(SESSIONS_MAX * 2):
+                    _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+                    writer.write(ask.encode() + more)
+                    await writer.drain()
+                    writer.transport.abort()
+            async with asyncio.timeout(ENDED_S):
+                await server.wait_sessions(0)
+            async with visitor.socket() as socket:
+                await socket.close()
+
+    run(test)
+    assert capfd.readouterr() == ("", "")
+    assert children() == []
+
+
 def test_every_answer_carries_the_policies() -> None:
     async def test() -> None:
         async with visiting() as visitor:
@@ -387,6 +436,9 @@ def test_a_message_that_is_too_large_closes_the_websocket() -> None:
         ("echo __GANGLION__; echo oh no >&2", "has ended", "oh no"),
         ("echo __GANGLION__; printf 'D\\377\\377\\377\\377'; cat", "4294967295 bytes", ""),
         ("echo __GANGLION__; printf 'Z\\0\\0\\0\\0'; cat", "kind b'Z'", ""),
+        ("echo __GANGLION__; printf 'M\\0\\0\\0\\2{}'; cat", "does not decode", ""),
+        ("echo __GANGLION__; printf 'M\\0\\0\\0\\1x'; cat", "does not decode", ""),
+        ("echo __GANGLION__; printf 'P\\0\\0\\0\\1x'; cat", "does not decode", ""),
         ("yes", "did not start", ""),
         ("head -c 1000000 /dev/zero", "did not start", ""),
         ("seq 100000 >&2", "did not start", "100000"),
@@ -477,19 +529,14 @@ def test_a_file_that_the_console_saves_is_downloaded() -> None:
     run(test)
 
 
-# --- where it listens, and what it needs -------------------------------------------------------
+# --- where it listens -------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "host", ["0.0.0.0", "::", "192.168.1.5", "example.com", "", "127.0.0.1.evil", "::1%lo", "127.1"]
-)
-def test_only_loopback_is_listened_on(host: str) -> None:
-    with pytest.raises(Refused, match=r"no loopback address.*in the clear"):
-        loopback(host)
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "localhost"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "localhost", "::1"])
 def test_any_loopback_address_serves(host: str) -> None:
+    if host == "::1" and not Path("/proc/net/if_inet6").exists():
+        pytest.skip("this machine has no IPv6")
+
     async def test() -> None:
         async with visiting(host=host) as visitor:
             answer, _ = await visitor.ask(visitor.home)
@@ -521,51 +568,3 @@ def test_cookies_of_two_servers_on_one_host_do_not_meet() -> None:
             assert not sent, "a third server on this host is sent no cookie of ours"
 
     run(test)
-
-
-def test_no_file_names_another_host() -> None:
-    allowed = {"http://www.w3.org/2000/svg"}  # a namespace, which nobody fetches
-    files = {name: asset.content.decode() for name, asset in assets.load().items()}
-    for name, text in {**files, "page.html": assets.page()}.items():
-        if name == "xterm.css":
-            text = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
-        found = set(re.findall(r"(?:https?:|wss?:)?//[a-zA-Z0-9][^\s\"'`)]*\.[^\s\"'`)]*", text))
-        assert {each for each in found if each.startswith(("http", "ws"))} <= allowed, name
-        assert not re.search(r"(?:src|href)\s*=\s*[\"']?//|url\(|@import", text), name
-
-
-def test_a_textual_serve_that_looks_different_is_refused() -> None:
-    known = assets.load()["xterm.js"].content.decode()
-    assert known.count("window.Xterm={Terminal:") == 1
-    for unknown in ("", "window.onload=1", "window.onload=1;window.onload=new v.Terminal"):
-        with pytest.raises(Unsupported, match="not one that Manifold knows"):
-            assets.terminal_script(unknown)
-
-
-@pytest.mark.parametrize("module", ["textual_serve", "aiohttp"])
-def test_where_the_extra_is_missing_it_is_said_what_to_install(module: str) -> None:
-    script = (
-        f"import sys; sys.modules[{module!r}] = None; sys.argv = ['manifold', 'web', '--json']; "
-        "from manifold.__main__ import main; main()"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    error = json.loads(done.stdout)["error"]
-    assert (done.returncode, done.stderr) == (2, "")
-    assert "manifold-os[web]" in error["next"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "says"),
-    [
-        (["--host", "0.0.0.0"], 4, "no loopback address"),
-        (["--port", "65536"], 2, "65536"),
-        (["--port", "1", "--host", "example.com"], 4, "no loopback address"),
-    ],
-)
-def test_the_verb_says_why_it_does_not_serve(arguments: list[str], code: int, says: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "manifold", "web", "--json", *arguments],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (code, "")
-    assert says in json.loads(done.stdout)["error"]["message"]
