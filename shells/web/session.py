@@ -30,7 +30,6 @@ from manifold.shells.web import messages as m
 
 DRIVER = "manifold.shells.web.driver:ConsoleDriver"
 READY = b"__GANGLION__\n"  # what Textual's web driver prints before its first packet
-FRAMES_PER_S = 30  # of a terminal: half a browser's rate, and half the processor time
 PRELUDE_LINES_MAX = 10  # what a console may print before it draws
 PACKET_BYTES_MAX = 8 << 20  # a screen of 500 x 1000 cells with 16 bytes of colours each
 LAST_WORDS_BYTES_MAX = 2048  # 25 lines of 80 characters
@@ -72,7 +71,6 @@ class Session(AppService):
     def _build_environment(self, width: int = 80, height: int = 24) -> dict[str, str]:
         environment = super()._build_environment(width, height)
         environment["TEXTUAL_DRIVER"] = DRIVER
-        environment["TEXTUAL_FPS"] = str(FRAMES_PER_S)
         environment["TERM_PROGRAM"] = "manifold-web"
         environment.pop("NO_COLOR", None)
         return environment
