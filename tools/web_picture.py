@@ -19,22 +19,30 @@ from manifold.tools.emulator.testing import TestCluster
 
 NODES = 8
 NAME = "demo"
-TARGET = Path(__file__).resolve().parents[1] / "docs" / "web.png"
+ROOT = Path(__file__).resolve().parents[1]
+TARGET = ROOT / "docs" / "web.png"
+# What is typed, and what is waited for.
+LINES = (
+    ("status", "converged"),
+    ("run examples/collatz.ent --range 1:1000000 --reduce sum", "131434272"),
+    ("node ls", "server-01  K-"),
+)
 BYTES_MAX = 200_000
 WIDTH_PX, HEIGHT_PX = 1180, 720
 
 
 async def take(served: Served, target: Path) -> None:
-    """Open the console, ask how the cluster is, and take the picture."""
+    """Open the console, type verbs, and take the picture."""
     server = WebServer(served, "127.0.0.1", 0)
     await server.start()
     try:
         async with Browser(WIDTH_PX, HEIGHT_PX) as browser:
             await browser.open(server.address)
-            await browser.wait_for(NAME)
-            await browser.type("status")
-            await browser.press("Enter")
-            await browser.wait_for(f"{NODES} ready")
+            await browser.wait_for(f"{NODES} of {NODES} ready")
+            for line, answer in LINES:
+                await browser.type(line)
+                await browser.press("Enter")
+                await browser.wait_for(answer)
             await browser.picture(target)
     finally:
         await server.stop()
@@ -42,6 +50,7 @@ async def take(served: Served, target: Path) -> None:
 
 def main() -> int:
     """Take the picture; 1 where it is too large for the repository."""
+    os.chdir(ROOT)  # the console finds the examples from here
     with tempfile.TemporaryDirectory(prefix="mf-web-") as folder:
         os.environ |= {
             "MANIFOLD_STATE_HOME": f"{folder}/state",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import click
-import msgspec
 
 from manifold.kernel import messages as m
+from manifold.shells.namespace.tables import node_dict
+from manifold.shells.verbs import completing
 from manifold.shells.verbs.common import (
     cluster_name,
     connect,
@@ -69,7 +70,7 @@ def node_ls(context: click.Context, as_json: bool) -> None:
     with connect(context) as client:
         nodes = client.nodes()
     if as_json:
-        print_json([as_dict(each) for each in nodes])
+        print_json([node_dict(each) for each in nodes])
         return
     print_table(
         ["alias", "id", "class", "state", "pid", "slots", "busy", "core", "memory", "sees", "up"],
@@ -85,27 +86,14 @@ def node_ls(context: click.Context, as_json: bool) -> None:
     )  # fmt: skip
 
 
-def as_dict(node: m.NodeInfo) -> dict[str, object]:
-    """A node for `--json`: `id`, `alias`, `class`, `state`, `pid`, `address`, `load`, and more."""
-    plain = msgspec.to_builtins(node)
-    assert isinstance(plain, list)
-    found: dict[str, object] = dict(zip(node.__struct_fields__, plain[1:], strict=False))
-    found["id"] = found.pop("kid")
-    found["class"] = found.pop("node_class")
-    found["pid"] = node.pid or None
-    if node.load is not None:
-        found["load"] = {name: getattr(node.load, name) for name in node.load.__struct_fields__}
-    return found
-
-
 @node.command("inspect")
-@click.argument("alias")
+@click.argument("alias", shell_complete=completing.aliases)
 @json_option
 @click.pass_context
 def node_inspect(context: click.Context, alias: str, as_json: bool) -> None:
     """What a node says of itself, and what the host it runs on is."""
     with connect(context) as client:
-        found = as_dict(client.ask(m.GetNode(), alias))
+        found = node_dict(client.ask(m.GetNode(), alias))
         found["host"] = json.loads(client.ask(m.GetInventory(), alias).json)
     if as_json:
         print_json(found)

@@ -26,8 +26,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 def cluster_name(context: click.Context) -> str:
     """`--cluster`, else $MANIFOLD_CLUSTER, else the folder's `manifold.yaml`, else `default`."""
-    root = context.find_root().obj or {}
-    named = root.get("cluster") or os.environ.get("MANIFOLD_CLUSTER", "")
+    root = context.find_root()
+    named = (root.obj or root.params).get("cluster") or os.environ.get("MANIFOLD_CLUSTER", "")
     if named:
         return str(named)
     path = config_path("")

@@ -1,4 +1,4 @@
-"""`get`, `set`, `cas`, `add`, `del`, `watch`, `ls`: values that the whole cluster agrees on.
+"""`get`, `set`, `cas`, `add`, `del`: values that the whole cluster agrees on.
 
 A global is written `/globals/x`, or `x` for short; registers of the cluster's own (`/cluster/…`)
 can be read and listed. Values are ints and floats by their syntax, anything else is text; `--type`
@@ -7,7 +7,6 @@ decides otherwise. Every acknowledgement says how strong it is.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable, Coroutine
@@ -16,6 +15,16 @@ from typing import Any, TypeVar
 import click
 
 from manifold.kernel.errors import NotFound, Refused
+from manifold.shells.namespace.values import (
+    FLOAT,
+    HEX,
+    INT,
+    line,
+    reading_dict,
+    short_name,
+    shown,
+    type_of,
+)
 from manifold.shells.sdk.globals_calls import (
     FOLDER,
     NAME_RULE,
@@ -26,17 +35,15 @@ from manifold.shells.sdk.globals_calls import (
     key_of,
 )
 from manifold.shells.sdk.registers import TIMEOUT_S
-from manifold.shells.verbs.common import connect, json_option, print_json, print_table
+from manifold.shells.verbs import completing
+from manifold.shells.verbs.common import connect, json_option, print_json
 from manifold.shells.verbs.run import Seconds
 
 T = TypeVar("T")
 
-INT = re.compile(r"[+-]?[0-9]+\Z")
-FLOAT = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][+-]?[0-9]+)?\Z")
 NEGATIVE = re.compile(r"-[0-9.]")
 ESCAPE = "\0"  # before a negative number on its way through the parser: no argument can hold it
-HEX = "hex:"  # before bytes, shown
-CELL_CHARS_MAX = 60
+REGISTERS = "/registers/"  # before a whole key, where the namespace has it
 TYPES = ("int", "float", "text", "bytes")
 
 
@@ -60,53 +67,6 @@ def parse(text: str, kind: str = "") -> Value:
     return text
 
 
-def type_of(value: Value | None) -> str | None:
-    """What `--json` and `--type` call it."""
-    names = {int: "int", float: "float", str: "text", bytes: "bytes"}
-    return None if value is None else names[type(value)]
-
-
-def shown(value: Value | None) -> str:
-    """On one line, so that it reads back as what it is: text that looks like a number is quoted."""
-    if value is None:
-        return "absent"
-    if isinstance(value, bytes):
-        return HEX + value.hex()
-    if not isinstance(value, str):
-        return str(value)
-    plain = value.isprintable() and value.strip() == value and bool(value)
-    odd = not plain or value[0] == '"' or value.startswith(HEX) or parse(value) != value
-    return json.dumps(value, ensure_ascii=False) if odd else value
-
-
-def reading_dict(key: str, reading: Reading) -> dict[str, Any]:
-    """For `--json`: bytes in hexadecimal, null where there is nothing."""
-    value = reading.value
-    return {
-        "name": short_name(key),
-        "value": value.hex() if isinstance(value, bytes) else value,
-        "type": type_of(value),
-        "version": reading.version,
-        "strength": reading.strength,
-    }
-
-
-def short_name(key: str) -> str:
-    """As people name it: a global by its name, anything else by its path."""
-    return key.removeprefix(FOLDER) if key.startswith(FOLDER) else f"/{key}"
-
-
-def line(name: str, reading: Reading) -> str:
-    """`x = 1  (version 3, quorum)`"""
-    if reading.value is None:
-        return f"{name} is absent  ({reading.strength})"
-    return f"{name} = {shown(reading.value)}  (version {reading.version}, {reading.strength})"
-
-
-def _cell(text: str) -> str:
-    return text if len(text) <= CELL_CHARS_MAX else text[: CELL_CHARS_MAX - 1] + "…"
-
-
 # -- arguments ------------------------------------------------------------------------------------
 
 
@@ -120,6 +80,8 @@ class Register(click.ParamType[str]):
 
     def convert(self, value: Any, parameter: Any, context: Any) -> str:
         text = str(value)
+        if self._anywhere and text.startswith(REGISTERS) and len(text) > len(REGISTERS):
+            return text.removeprefix(REGISTERS)
         other = text.startswith("/") and not text.startswith("/" + FOLDER)
         if other and self._anywhere and text.count("/") > 1 and len(text) <= 257:
             return text[1:]
@@ -152,7 +114,9 @@ class Text(click.ParamType[str]):
         return str(value).removeprefix(ESCAPE)
 
 
-name_argument = click.argument("name", type=Register(), metavar="NAME")
+name_argument = click.argument(
+    "name", type=Register(), metavar="NAME", shell_complete=completing.names
+)
 type_option = click.option(
     "--type", "kind", type=click.Choice(TYPES), default=None, help="Of the values; else by syntax."
 )
@@ -191,7 +155,9 @@ def _absent(key: str) -> NotFound:
 
 
 @click.command()
-@click.argument("name", type=Register(anywhere=True), metavar="NAME")
+@click.argument(
+    "name", type=Register(anywhere=True), metavar="NAME", shell_complete=completing.names
+)
 @stale_option
 @click.option("--value", "bare", is_flag=True, help="Print the value alone, for scripts.")
 @timeout_option
@@ -316,61 +282,3 @@ def del_(context: click.Context, name: str, timeout: float, as_json: bool) -> No
         print_json({"name": short_name(name), "deleted": True, "strength": "quorum"})
     else:
         click.echo(f"{short_name(name)} deleted  (quorum)")
-
-
-@click.command()
-@click.argument("name", type=Register(anywhere=True), metavar="NAME")
-@click.option("--count", type=click.IntRange(min=1), default=None, help="End after so many lines.")
-@json_option
-@click.pass_context
-def watch(context: click.Context, name: str, count: int | None, as_json: bool) -> None:
-    """A line for what the global NAME holds, and one for each change, until Ctrl-C.
-
-    Changes that follow each other fast may be told as one; the last one never is left out.
-    """
-    from manifold.shells.sdk.globals import Watch
-
-    left = count
-    with connect(context) as client, Watch(client, name) as states:
-        while left is None or left > 0:
-            _say(name, states.next(), as_json)
-            sys.stdout.flush()
-            left = None if left is None else left - 1
-
-
-@click.command("ls")
-@click.argument("path", default="/globals", metavar="[PATH]")
-@stale_option
-@timeout_option
-@json_option
-@click.pass_context
-def ls(context: click.Context, path: str, stale: bool, timeout: float, as_json: bool) -> None:
-    """Names, values and versions of globals: all, those under /globals/PREFIX, or `/` for roots."""
-    if path.strip("/") == "" and path:
-        roots = _done(context, lambda calls: calls.registers.roots(timeout, stale=stale))
-        if as_json:
-            print_json([f"/{root}" for root in roots])
-        else:
-            click.echo("\n".join(f"/{root}" for root in roots) or "there is nothing yet")
-        return
-    prefix = _prefix(path)
-    found, strength = _done(context, lambda calls: calls.items(prefix, timeout, stale))
-    if as_json:
-        print_json([reading_dict(key, reading) for key, reading in found])
-        return
-    if found:
-        rows = [
-            (short_name(key), _cell(shown(each.value)), type_of(each.value), each.version)
-            for key, each in found
-        ]
-        print_table(["name", "value", "type", "version"], rows)
-    count = f"{len(found):,} name{'' if len(found) == 1 else 's'}" if found else "nothing"
-    click.secho(f"{count} under /{prefix.rstrip('/')}  ({strength})", dim=True)
-
-
-def _prefix(path: str) -> str:
-    """The keys that are meant: a root is a folder, what follows it any beginning of a name."""
-    plain = path.removeprefix("/") if path.startswith("/") else FOLDER + path
-    if len(plain) > 250 or "//" in plain:
-        raise click.BadParameter(f"{path!r} is no path: /globals, /globals/PREFIX or /.")
-    return plain if "/" in plain else plain + "/"

@@ -10,16 +10,16 @@ import asyncio
 import importlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from manifold.kernel import messages as m
 from manifold.kernel import places
 from manifold.kernel.errors import Busy, ManifoldError, Maybe, NotFound, Refused
-from manifold.kernel.nexus.messages import Answer, GetNexus, Initialise, NexusInfo, SetVoters
+from manifold.kernel.nexus.messages import Answer, Initialise, SetVoters
+from manifold.shells.sdk.voters import Voters, look, rows_of, summary
+from manifold.shells.verbs import completing
 from manifold.shells.verbs.common import (
     cluster_name,
     connect,
@@ -28,84 +28,11 @@ from manifold.shells.verbs.common import (
     print_json,
     print_table,
 )
-from manifold.vm.kid import Kid, short
 
-ASK_MS = 1500.0  # how long a voter has to tell how it is
 CHANGE_S = 30.0
 STEP_S = 0.2  # between two looks at how far a change is
-KID_DIGITS_MIN = 6  # of a KID that is cut short
 VOTERS_MAX = 7  # as in kernel/nexus/configs.py
 FOLDER = "nexus"  # of a node's state, as in kernel/nexus/storage_driver.py
-STATES = {"ready": "alive"}
-
-
-@dataclass(frozen=True, slots=True)
-class Voters:
-    """What is known of who votes: the newest configuration that anybody told of, and who told."""
-
-    info: NexusInfo
-    nodes: dict[str, m.NodeInfo]
-    told: dict[str, NexusInfo]
-
-    @property
-    def all(self) -> list[str]:
-        """Those that vote, and those that are about to, or not to any more."""
-        return list(dict.fromkeys((*self.info.old, *self.info.voters)))
-
-    def name(self, kid: str) -> str:
-        node = self.nodes.get(kid)
-        return node.alias if node is not None else short(Kid(kid))
-
-    def names(self, kids: Sequence[str]) -> str:
-        return " ".join(sorted(self.name(kid) for kid in kids)) or "none"
-
-    def state(self, kid: str) -> str:
-        node = self.nodes.get(kid)
-        return "unknown" if node is None else STATES.get(node.state, node.state)
-
-    def majority(self) -> bool:
-        """Whether as many answered as every agreement needs."""
-        sets = [kids for kids in (self.info.old, self.info.voters) if kids]
-        answers = {kid for kid, each in self.told.items() if each.votes and not each.stopped}
-        return bool(sets) and all(2 * len(answers & set(kids)) > len(kids) for kids in sets)
-
-    def find(self, name: str) -> Kid:
-        """A node by alias, by KID, or by the beginning of one."""
-        for kid, node in self.nodes.items():
-            if name in (kid, node.alias):
-                return Kid(kid)
-        known = {*self.nodes, *self.all}
-        near = [kid for kid in known if kid.startswith(name) and len(name) >= 2 + KID_DIGITS_MIN]
-        if len(near) != 1:
-            raise NotFound(f"There is no node {name!r}.", "`manifold node ls` lists them.")
-        return Kid(near[0])
-
-
-async def _looked(client: Any) -> Voters:
-    """Ask our node who votes, and each voter how it is."""
-    info = await client.calls_of_globals.registers.nexus()
-    nodes = {node.kid: node for node in await client.ask_nodes()}
-    told: dict[str, NexusInfo] = {}
-    for _ in range(3):  # who votes may tell of a newer configuration than our node knows
-        kids = [kid for kid in dict.fromkeys((*info.old, *info.voters)) if kid not in told]
-        asked = [kid for kid in kids if kid in nodes and nodes[kid].state in ("ready", "suspect")]
-        answers = await asyncio.gather(
-            *(client.connection.request(GetNexus(), ASK_MS, destination=kid) for kid in asked),
-            return_exceptions=True,
-        )
-        for kid, answer in zip(asked, answers, strict=True):
-            if isinstance(answer, NexusInfo):
-                told[kid] = answer
-        newest = max([info, *told.values()], key=lambda each: (each.known, each.count))
-        if newest.count == info.count:
-            break
-        info = newest
-    return Voters(info, nodes, told)
-
-
-def _look(client: Any) -> Voters:
-    found: Voters = client.connection.call(_looked(client))
-    return found
 
 
 @click.group()
@@ -122,10 +49,10 @@ def nexus() -> None:
 def status(context: click.Context, as_json: bool) -> None:
     """The voters, how they are, and a change that is under way."""
     with connect(context) as client:
-        found = _look(client)
-    rows = [_row(found, kid) for kid in found.all]
+        found = look(client)
+    rows = rows_of(found)
     if as_json:
-        print_json(_summary(found) | {"voters": rows})
+        print_json(summary(found) | {"voters": rows})
         return
     if not found.info.known:
         click.echo("no voters are known: `manifold nexus init NODE…` chooses the first")
@@ -151,49 +78,13 @@ def _count(voters: int) -> str:
     return f"{voters} voter{'s' * (voters != 1)}"
 
 
-def _summary(found: Voters) -> dict[str, Any]:
-    info = found.info
-    return {
-        "known": info.known,
-        "epoch": info.count,
-        "majority": found.majority(),
-        "changing": {"from": sorted(map(found.name, info.old))} if info.old else None,
-    }
-
-
-def _row(found: Voters, kid: str) -> dict[str, Any]:
-    told = found.told.get(kid)
-    return {
-        "alias": found.name(kid),
-        "id": kid,
-        "state": found.state(kid),
-        "votes": told.votes if told is not None else None,
-        "keys": told.keys if told is not None else None,
-        "epoch": told.count if told is not None else None,
-        "stopped": told.why or "its disk refused a record" if told and told.stopped else "",
-        "note": _note(found, kid, told),
-    }
-
-
-def _note(found: Voters, kid: str, told: NexusInfo | None) -> str:
-    if told is None:
-        return "no answer"
-    if told.stopped:
-        return f"stopped: {told.why or 'its disk refused a record'}"
-    if not told.votes:
-        return "does not vote: it has lost its records; remove it, then add it"
-    if found.info.old:
-        if kid not in found.info.voters:
-            return "leaves"
-        return "joins" if kid not in found.info.old else ""
-    return ""
-
-
 # -- who votes ------------------------------------------------------------------------------------
 
 
 @nexus.command()
-@click.argument("nodes", nargs=-1, required=True, metavar="NODE…")
+@click.argument(
+    "nodes", nargs=-1, required=True, metavar="NODE…", shell_complete=completing.aliases
+)
 @json_option
 @click.pass_context
 def init(context: click.Context, nodes: tuple[str, ...], as_json: bool) -> None:
@@ -203,7 +94,7 @@ def init(context: click.Context, nodes: tuple[str, ...], as_json: bool) -> None:
     itself (nexus.voters in manifold.yaml).
     """
     with connect(context) as client:
-        found = _look(client)
+        found = look(client)
         target = _target([found.find(name) for name in nodes])
         if found.info.known and set(target) != set(found.info.voters):
             raise Refused(
@@ -227,7 +118,7 @@ def voters(context: click.Context, as_json: bool) -> None:
 
 
 @voters.command("add")
-@click.argument("node")
+@click.argument("node", shell_complete=completing.aliases)
 @json_option
 @click.pass_context
 def add(context: click.Context, node: str, as_json: bool) -> None:
@@ -239,7 +130,7 @@ def add(context: click.Context, node: str, as_json: bool) -> None:
 
 
 @voters.command("remove")
-@click.argument("node")
+@click.argument("node", shell_complete=completing.aliases)
 @json_option
 @click.pass_context
 def remove(context: click.Context, node: str, as_json: bool) -> None:
@@ -251,8 +142,8 @@ def remove(context: click.Context, node: str, as_json: bool) -> None:
 
 
 @voters.command("replace")
-@click.argument("old")
-@click.argument("new")
+@click.argument("old", shell_complete=completing.aliases)
+@click.argument("new", shell_complete=completing.aliases)
 @json_option
 @click.pass_context
 def replace(context: click.Context, old: str, new: str, as_json: bool) -> None:
@@ -267,7 +158,7 @@ def replace(context: click.Context, old: str, new: str, as_json: bool) -> None:
 
 
 def _known(client: Any) -> Voters:
-    found = _look(client)
+    found = look(client)
     if not found.info.known:
         raise Refused("No voters are known.", "`manifold nexus init NODE…` chooses the first.")
     return found
@@ -346,10 +237,10 @@ def _judge(answer: Answer, found: Voters) -> None:
 
 def _tell(client: Any, as_json: bool, why: str = "") -> None:
     """Who votes now."""
-    found = _look(client)
+    found = look(client)
     if as_json:
-        rows = [_row(found, kid) for kid in found.all]
-        print_json(_summary(found) | {"voters": rows})
+        rows = rows_of(found)
+        print_json(summary(found) | {"voters": rows})
         return
     strength = "quorum" if found.majority() else "no majority answers"
     names = found.names(found.info.voters)

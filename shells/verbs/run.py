@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from manifold.kernel.errors import ManifoldError
 from manifold.kernel.geode.messages import Demand
+from manifold.shells.verbs import completing
 from manifold.shells.verbs.common import (
     ProgressBar,
     attached,
@@ -190,7 +191,10 @@ class RunCommand(click.Command):
 @click.option("--args", "arguments", type=Numbers(), default="", help="Cells after the index.")
 @click.option("--timeout", type=Seconds(), default=0.0, help="Seconds; 0 is none.")
 @click.option("--class", "node_class", default="", help="Only on nodes of this class.")
-@click.option("--on", "on_node", default="", metavar="NODE", help="Only on this node.")
+@click.option(
+    "--on", "on_node", default="", metavar="NODE", help="Only on this node.",
+    shell_complete=completing.aliases,
+)  # fmt: skip
 @click.option("--gpu", is_flag=True, help="Only on nodes with a GPU.")
 @click.option("--why", "explain", is_flag=True, help="Then say how each shard was placed.")
 @click.option("--detach", is_flag=True, help="Print the job's id and do not wait.")

@@ -11,6 +11,9 @@ from click.shell_completion import get_completion_class
 from manifold.shells.verbs.common import json_option, print_json
 from manifold.vm.version import VERSION
 
+# Of click's script for bash: behind a folder no blank, so that one may go on into it.
+BASH_ADDS = "COMPREPLY+=($value)"
+BASH_GOES_ON = "\n            [[ $value == */ ]] && compopt -o nospace"
 PARTS = ("pynng", "msgspec", "wasmtime", "numpy", "cryptography", "uvloop")
 
 
@@ -22,7 +25,8 @@ def completion(context: click.Context, shell: str) -> None:
     kind = get_completion_class(shell)
     assert kind is not None, "click knows every shell of the choice above"
     root = context.find_root().command
-    click.echo(kind(root, {}, "manifold", "_MANIFOLD_COMPLETE").source())
+    script = kind(root, {}, "manifold", "_MANIFOLD_COMPLETE").source()
+    click.echo(script.replace(BASH_ADDS, BASH_ADDS + BASH_GOES_ON))
 
 
 @click.command()

@@ -7,6 +7,8 @@ from typing import Any
 import click
 
 from manifold.kernel.scheduler.messages import JobStatus
+from manifold.shells.namespace.tables import job_dict
+from manifold.shells.verbs import completing
 from manifold.shells.verbs.common import (
     connect,
     human_ms,
@@ -22,16 +24,6 @@ def _job_row(job: JobStatus) -> tuple[Any, ...]:
         job.job, job.state, share, f"{job.total:,}", job.reduce, job.shards, job.retries,
         human_ms(job.elapsed_ms), job.name or job.program[:10],
     )  # fmt: skip
-
-
-def job_dict(job: JobStatus) -> dict[str, Any]:
-    """A job for `--json`."""
-    return {
-        "job": job.job, "state": job.state, "program": job.program, "name": job.name,
-        "owner": job.owner, "done": job.done, "total": job.total, "reduce": job.reduce,
-        "elapsed_ms": job.elapsed_ms, "shards": job.shards, "retries": job.retries,
-        "error": {"code": job.fault.code, "message": job.fault.message} if job.fault else None,
-    }  # fmt: skip
 
 
 @click.command()
@@ -86,7 +78,7 @@ def ps(context: click.Context, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("job")
+@click.argument("job", shell_complete=completing.jobs)
 @json_option
 @click.pass_context
 def kill(context: click.Context, job: str, as_json: bool) -> None:
@@ -102,7 +94,7 @@ def kill(context: click.Context, job: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("task")
+@click.argument("task", shell_complete=completing.jobs)
 @json_option
 @click.pass_context
 def why(context: click.Context, task: str, as_json: bool) -> None:

@@ -20,7 +20,7 @@ const terminal = new Xterm.Terminal({
   fontFamily: FONTS,
   fontSize: FONT_PX,
   scrollback: 0,
-  theme: { background: "#0f1216", foreground: "#d7dce2" },
+  theme: { background: "#10141b", foreground: "#cfd6e1" },
 });
 const fit = new Xterm.FitAddon();
 let socket = null;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import select
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+import psutil
 import pytest
 
 from manifold.shells.web.server import Served, WebServer
 from manifold.tools.browser import Browser, BrowserError, missing
+from manifold.tools.emulator.testing import TestCluster
 
 ECHO = [sys.executable, str(Path(__file__).parent / "echo_console.py")]
 ENDED_S = 60.0
@@ -258,6 +261,103 @@ def test_a_console_that_hangs_ends_with_a_server_that_is_killed(
             os.close(descriptor)
 
     run(test)
+
+
+# --- the console itself --------------------------------------------------------------------------
+
+
+def start_web(cluster: TestCluster, *arguments: str) -> tuple[subprocess.Popen[str], str]:
+    """`manifold web` on the cluster, and the address that it prints."""
+    started = subprocess.Popen(
+        [sys.executable, "-m", "manifold", "web", "--json", *arguments],
+        env=dict(cluster.environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert started.stdout is not None
+    return started, json.loads(started.stdout.readline())["address"]
+
+
+def test_a_verb_that_is_typed_in_the_browser_is_answered_by_the_cluster(
+    manifold_cluster: Callable[..., TestCluster],
+) -> None:
+    cluster = manifold_cluster(3)
+    server, address = start_web(cluster)
+
+    async def test() -> None:
+        async with Browser() as browser:
+            await browser.open(address)
+            await browser.wait_for("3 of 3 ready")
+            assert await browser.evaluate("document.title") == f"Manifold — {cluster.name}"
+            await say(browser, "status")
+            await browser.wait_for(f"cluster {cluster.name}: 3 of 3 nodes ready, converged")
+            await browser.reload()
+            await browser.wait_for("3 of 3 ready")
+            assert "converged" not in await browser.screen(), "a console of its own"
+            await say(browser, "set greeting hello")
+            await say(browser, "get greeting")
+            await browser.wait_for("hello")
+            assert {urlsplit(each).hostname for each in browser.requests} == {"127.0.0.1"}
+            assert browser.console == []
+            consoles = psutil.Process(server.pid).children(recursive=True)
+            assert consoles
+            await browser.open("about:blank")
+            _, alive = await asyncio.to_thread(psutil.wait_procs, consoles, ENDED_S)
+            assert alive == []
+
+    try:
+        run(test)
+    finally:
+        server.send_signal(signal.SIGTERM)
+        _, errors = server.communicate(timeout=ENDED_S)
+    assert (server.returncode, errors) == (0, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_console_in_the_midst_of_work_leaves_nothing_when_the_server_ends(
+    number: signal.Signals, manifold_cluster: Callable[..., TestCluster]
+) -> None:
+    cluster = manifold_cluster(2)
+    server, address = start_web(cluster)
+
+    async def test() -> None:
+        async with Browser() as browser:
+            await browser.open(address)
+            await browser.wait_for("2 of 2 ready")
+            await say(browser, "logs -f")
+            await browser.wait_for("rpi4-01      20")  # a line of a node begins with its year
+            consoles = psutil.Process(server.pid).children(recursive=True)
+            assert len(consoles) >= 2, "a console, and what runs for it"
+            server.send_signal(number)
+            _, alive = await asyncio.to_thread(psutil.wait_procs, consoles, ENDED_S)
+            assert alive == []
+
+    try:
+        run(test)
+    finally:
+        server.kill()
+        server.communicate(timeout=ENDED_S)
+
+
+def test_a_read_only_console_refuses_what_would_change_anything(
+    manifold_cluster: Callable[..., TestCluster],
+) -> None:
+    cluster = manifold_cluster(1)
+    server, address = start_web(cluster, "--read-only", "--", "--pane", "shell")
+
+    async def test() -> None:
+        async with Browser() as browser:
+            await browser.open(address)
+            await browser.wait_for("1 of 1 ready")
+            await say(browser, "set greeting hello")
+            await browser.wait_for("read-only")
+            await say(browser, "status")
+            await browser.wait_for("1 of 1 nodes ready")
+
+    try:
+        run(test)
+    finally:
+        server.send_signal(signal.SIGTERM)
+        _, errors = server.communicate(timeout=ENDED_S)
+    assert (server.returncode, errors) == (0, "")
 
 
 def test_the_browser_says_what_it_could_not_do() -> None:

@@ -1,0 +1,1 @@
+"""The operating system's console: every verb at a prompt, and live panes (docs/console.md)."""

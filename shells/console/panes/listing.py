@@ -1,0 +1,211 @@
+"""A table with a page of the chosen row: beside it where there is room, else by Enter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from textual import events, on
+from textual.app import ComposeResult
+from textual.binding import Binding
+from textual.containers import Horizontal
+from textual.message import Message
+from textual.widgets import Input
+
+from manifold.shells.console.model import Model
+from manifold.shells.console.ribbon import Part
+from manifold.shells.console.theme import Line, plain
+from manifold.shells.console.view import Column, Row, Table, TextView
+
+BESIDE_COLUMNS_MIN = 150  # the table's 95 and a page of 55
+PAGE_SHARE = 0.4
+
+
+class ListingPane(Horizontal):
+    """What nodes and jobs have in common; a subclass says what rows and pages are."""
+
+    DEFAULT_CSS = """
+    ListingPane { background: $background; }
+    ListingPane Table { width: 1fr; }
+    ListingPane .page { width: 1fr; display: none; }
+    ListingPane.-beside .page {
+        display: block; width: 40%; border-left: solid $rule; padding: 0 1;
+    }
+    ListingPane.-open .page { display: block; padding: 0 1; }
+    ListingPane.-open Table { display: none; }
+    ListingPane .filter {
+        display: none; dock: bottom; height: 1; border: none; padding: 0 1; background: $panel;
+    }
+    ListingPane .filter.-shown { display: block; }
+    """
+    BINDINGS: ClassVar[list[Any]] = [
+        Binding("slash", "filter"), Binding("escape", "back"), Binding("r", "reverse"),
+        Binding("y", "copy"),
+    ]  # fmt: skip
+    columns: tuple[Column, ...] = ()
+    hints: tuple[tuple[str, str, str], ...] = ()  # key, label, action
+
+    def __init__(self, id: str, model: Callable[[], Model], now_ms: Callable[[], int]) -> None:
+        super().__init__(id=id)
+        self.model = model
+        self.now_ms = now_ms
+        self._sort: tuple[str, bool] = ("", False)
+        self._filter = ""
+
+    def compose(self) -> ComposeResult:
+        yield Table(self.columns, id=f"{self.id}-table")
+        yield TextView(id=f"{self.id}-page").set_class(True, "page")
+        yield Input(id=f"{self.id}-filter", placeholder="filter", compact=True).set_class(
+            True, "filter"
+        )
+
+    # -- what a subclass says ---------------------------------------------------------------------
+
+    def rows(self) -> list[tuple[str, Row]]:
+        raise NotImplementedError
+
+    def sort_key(self, column: str) -> Callable[[str], Any]:
+        raise NotImplementedError
+
+    def page_of(self, key: str, width: int) -> list[Line]:
+        raise NotImplementedError
+
+    def empty(self) -> tuple[Line, ...]:
+        raise NotImplementedError
+
+    # -- showing ----------------------------------------------------------------------------------
+
+    @property
+    def table(self) -> Table:
+        return self.query_one(Table)
+
+    @property
+    def page(self) -> TextView:
+        return self.query_one(f"#{self.id}-page", TextView)
+
+    def on_mount(self) -> None:
+        self.page.follow = False
+
+    def focus_pane(self) -> None:
+        (self.page if self.has_class("-open") else self.table).focus()
+
+    def update_rows(self) -> None:
+        """Show what is known now; only what differs is painted."""
+        key = self.sort_key(self._sort[0])
+        rows = sorted(self.rows(), key=lambda each: key(each[0]), reverse=self._sort[1])
+        wanted = self._filter.lower()
+        if wanted:
+            rows = [
+                (k, row) for k, row in rows
+                if any(wanted in plain(cell).lower() for cell in row.values())
+            ]  # fmt: skip
+        nothing = ((f"  nothing has {wanted!r}; ", "dim"), ("esc", "key"), (" shows all", "dim"))
+        self.table.empty = (nothing,) if wanted else self.empty()
+        self.table.show(rows)
+        self._show_page()
+
+    def _show_page(self) -> None:
+        page = self.page
+        if page.display:
+            width = max(20, page.size.width - 2)
+            lines = self.page_of(self.table.chosen, width) if self.table.chosen else []
+            if lines != page.lines:
+                page.show(lines, keep=True)
+
+    def on_resize(self, event: events.Resize) -> None:
+        self.set_class(event.size.width >= BESIDE_COLUMNS_MIN, "-beside")
+        self.call_after_refresh(self._show_page)
+
+    @property
+    def opened(self) -> bool:
+        """Whether the page alone is shown."""
+        return self.has_class("-open")
+
+    # -- keys -------------------------------------------------------------------------------------
+
+    @on(Table.SortBy)
+    def _sort_by(self, event: Table.SortBy) -> None:
+        event.stop()
+        self.action_sort(event.column)
+
+    def action_sort(self, column: str) -> None:
+        """By a column; again: the other way round."""
+        same = self._sort[0] == column
+        self._sort = (column, not self._sort[1] if same else False)
+        self.table.sort_mark(*self._sort)
+        self.update_rows()
+
+    def action_reverse(self) -> None:
+        self._sort = (self._sort[0], not self._sort[1])
+        self.table.sort_mark(*self._sort)
+        self.update_rows()
+
+    def on_key(self, event: events.Key) -> None:
+        """A capital letter sorts by the column that has it."""
+        if isinstance(self.app.focused, Input) or not event.character:
+            return
+        for column in self.columns:
+            if column.letter and column.letter.upper() == event.character:
+                event.stop()
+                self.action_sort(column.key)
+
+    @on(Table.Opened)
+    def _open(self, event: Table.Opened) -> None:
+        event.stop()
+        self.add_class("-open")
+        self.page.focus()
+        self.page.scroll_home(animate=False)
+        self.call_after_refresh(self._show_page)
+        self.post_message(self.Turned())
+
+    @on(Table.Chosen)
+    def _chosen(self, event: Table.Chosen) -> None:
+        event.stop()
+        self._show_page()
+
+    class Turned(Message):
+        """The page was opened or closed: other keys have a meaning."""
+
+    def action_back(self) -> None:
+        """Close the page, or take back the filter, or go back to the shell."""
+        field = self.query_one(f"#{self.id}-filter", Input)
+        if field.has_class("-shown"):
+            field.value = ""
+            field.remove_class("-shown")
+            self._filter = ""
+            self.update_rows()
+            self.table.focus()
+        elif self.opened:
+            self.remove_class("-open")
+            self.table.focus()
+            self.post_message(self.Turned())
+        else:
+            self.app.call_later(self.app.run_action, "pane('shell')")
+
+    def action_filter(self) -> None:
+        field = self.query_one(f"#{self.id}-filter", Input)
+        field.add_class("-shown")
+        field.focus()
+
+    @on(Input.Changed)
+    def _filtered(self, event: Input.Changed) -> None:
+        event.stop()
+        self._filter = event.value
+        self.update_rows()
+
+    @on(Input.Submitted)
+    def _filter_done(self, event: Input.Submitted) -> None:
+        event.stop()
+        self.table.focus()
+        if not event.value:
+            event.input.remove_class("-shown")
+
+    def action_copy(self) -> None:
+        text = (
+            "\n".join(plain(line) for line in self.page.lines) if self.opened else self.table.text()
+        )
+        self.app.copy_to_clipboard(text)
+        self.app.notify("copied")
+
+    def key_parts(self, keys: Sequence[tuple[str, str, str]]) -> list[Part]:
+        return [(((f" {k}", "key"), (f" {label} ", "dim")), action) for k, label, action in keys]
