@@ -36,7 +36,7 @@ from manifold.shells.console.panes.map import MapPane
 from manifold.shells.console.panes.nodes import NodesPane
 from manifold.shells.console.panes.shell import ShellPane
 from manifold.shells.console.prompt import Prompt
-from manifold.shells.console.ribbon import Ribbon
+from manifold.shells.console.ribbon import Part, Ribbon
 from manifold.shells.console.runner import Runner
 from manifold.shells.console.status import banner, keys_of, status_bar
 from manifold.shells.console.theme import PALETTES, Line, Look, textual_theme
@@ -185,7 +185,7 @@ class Console(App[int]):
         self.find("#bar", Ribbon).show(
             *status_bar(self.model, self.pane, width, read_only=self.read_only)
         )
-        warning = banner(self.model, self.now_ms())
+        warning = self.banner_line()
         ribbon = self.find("#banner", Ribbon)
         ribbon.set_class(bool(warning), "-shown")
         ribbon.show([(warning, "")] if warning else [])
@@ -193,11 +193,23 @@ class Console(App[int]):
             self.find(f"#{self.pane}").update_rows()
         self.show_keys()
 
+    def banner_line(self) -> Line:
+        """What stands above everything; nothing where all is well."""
+        return banner(self.model, self.now_ms())
+
     def show_keys(self) -> None:
-        self.find("#keys", Ribbon).show(
-            *keys_of(self.pane, self._told, busy=self.entering.running is not None,
-                     opened=self._opened(), read_only=self.read_only)
+        self.find("#keys", Ribbon).show(*self.key_parts())
+
+    def key_parts(self) -> tuple[list[Part], list[Part]]:
+        """The keys, and the verb that the last one ran."""
+        return keys_of(
+            self.pane, self._told, busy=self.entering.running is not None,
+            opened=self._opened(), read_only=self.read_only,
         )  # fmt: skip
+
+    def refusal(self) -> str:
+        """Why no verb can be run here; empty where they can."""
+        return ""
 
     def _opened(self) -> bool:
         return self.pane in ("nodes", "jobs") and bool(

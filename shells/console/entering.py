@@ -57,6 +57,7 @@ class Desk(Protocol):
     def began(self) -> None: ...
     def ended(self, line: str, code: int, last: str) -> None: ...
     def size_of_output(self) -> tuple[int, int]: ...
+    def refusal(self) -> str: ...
 
 
 class _ToDesk:
@@ -133,6 +134,8 @@ class Entering:
 
     def _check(self, stage: list[str], *, first: bool) -> None:
         """Refuse what is not there, or may not be done."""
+        if self._desk.refusal():
+            raise _Wrong(self._desk.refusal(), "")
         name = stage[0]
         if name == "manifold" and len(stage) > 1:
             del stage[0]  # as it is typed in a shell

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-SPARKS = " ▁▂▃▄▅▆▇█"
+SPARKS = "▁▂▂▃▄▅▆▇█"  # nothing is a ground line, the least rises from it
 EIGHTHS = " ▏▎▍▌▋▊▉"
 SIZES = ("B", "K", "M", "G", "T", "P")
 
@@ -13,7 +13,7 @@ def spark(history: Sequence[float], width: int, top: float = 1.0) -> str:
     """The newest `width` samples; the least that is not nothing is visible."""
     shown = list(history)[-width:] if width else []
     if top <= 0:
-        return SPARKS[0] * width
+        return (SPARKS[0] * len(shown)).rjust(width)
     text = "".join(
         SPARKS[0] if value <= 0 else SPARKS[max(1, min(8, round(value / top * 8)))]
         for value in shown

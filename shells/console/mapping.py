@@ -1,7 +1,8 @@
 """The map: nodes where their features put them, in two dimensions, drawn in characters; pure.
 
 Where: principal components of the *different* kinds of nodes there are (so that the hundredth of a
-kind, or its death, moves nothing), turned so that compute grows to the right and memory upwards.
+kind, or its death, moves nothing), turned so that what weighs most grows to the right, and
+upwards.
 Each node then takes the free place nearest to its point, in order of alias; no two overlap.
 How: a disc of braille dots; its area grows with capacity, it fills from below with load; what is
 not ready differs by shape, so that nothing depends on colour.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +22,14 @@ from manifold.shells.console.messages import Node
 AXES = ("compute", "speed of a core", "memory", "gpu")
 GPU_OCTAVES = 2.0  # having one counts as much as four times the memory
 ALIGNED = 1e-9
-FILL_MAX = 0.5  # of the cells: beyond it labels are shortened, then left out, then discs shrink
 RADIUS_MAX, RADIUS_MIN = 7, 2  # dots; a cell is 2 by 4
-LEVELS = ((1.0, 2), (0.85, 2), (0.85, 1), (0.7, 1), (0.7, 0), (0.5, 0), (0.3, 0))  # radius, label
+# How large discs are, how labels are (2: whole, 1: their end, 0: none), and how full the map may be
+# at most: where there is room discs grow, where there is little labels go first.
+LEVELS = (
+    (2.4, 2, 0.2), (1.9, 2, 0.22), (1.4, 2, 0.25), (1.0, 2, 0.5), (0.85, 2, 0.5), (0.85, 1, 0.5),
+    (0.7, 1, 0.5), (0.7, 0, 0.5), (0.5, 0, 0.5), (0.3, 0, 1.0),
+)  # fmt: skip
+MARGIN_X, MARGIN_Y = 3, 1
 BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 
 
@@ -80,8 +87,7 @@ def points(nodes: Sequence[Node]) -> tuple[dict[str, tuple[float, float]], str, 
     middle = kinds.mean(axis=0)
     _, sizes, ways = np.linalg.svd(kinds - middle, full_matrices=True)
     first, second = ways[0], ways[1]
-    first = -first if first[0] < -ALIGNED else first
-    second = -second if second[2] < -ALIGNED else second
+    first, second = _turned(first), _turned(second)
     flat = len(sizes) < 2 or sizes[1] < ALIGNED
     places = {}
     for node in nodes:
@@ -90,6 +96,11 @@ def points(nodes: Sequence[Node]) -> tuple[dict[str, tuple[float, float]], str, 
     right = AXES[int(np.argmax(np.abs(first)))] if sizes[0] > ALIGNED else ""
     up = "" if flat else AXES[int(np.argmax(np.abs(second)))]
     return _normalised(places), right, up if up != right else ""
+
+
+def _turned(way: Any) -> Any:
+    """So that what weighs most in it grows; a way has no direction of its own."""
+    return -way if way[int(np.argmax(np.abs(way)))] < 0 else way
 
 
 def _normalised(places: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
@@ -111,11 +122,9 @@ def chart(nodes: Sequence[Node], width: int, height: int) -> Chart:
     where, right, up = points(nodes)
     ordered = sorted(nodes, key=lambda node: (node.alias, node.kid))
     best = Chart(width, height, {}, right, up, len(nodes))
-    for scale, label in LEVELS:
+    for scale, label, full in LEVELS:
         boxes = [_box(node, nodes, scale, label) for node in ordered]
-        if sum((b[0] + 1) * (b[1] + b[2]) for b in boxes) > FILL_MAX * width * height and (
-            (scale, label) != LEVELS[-1]
-        ):
+        if sum((b[0] + 1) * (b[1] + b[2]) for b in boxes) > full * width * height:
             continue
         spots = _placed(ordered, boxes, where, width, height)
         missing = len(nodes) - len(spots)
@@ -152,7 +161,8 @@ def _placed(
         room_x, room_y = width - wide, height - tall - rows
         if room_x < 0 or room_y < 0:
             continue
-        x, y = round(right * room_x), round((1 - up) * room_y)
+        x = round(min(MARGIN_X, room_x // 2) + right * max(0, room_x - 2 * MARGIN_X))
+        y = round(min(MARGIN_Y, room_y // 2) + (1 - up) * max(0, room_y - 2 * MARGIN_Y))
         found = _free(taken, x, y, wide, tall + rows, room_x, room_y)
         if found is None:
             continue

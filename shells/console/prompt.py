@@ -112,6 +112,7 @@ class Prompt(Input):
 
     def put(self, text: str) -> None:
         """Replace the line; the cursor goes to its end."""
+        self._withdraw()
         self._own = text
         self.value = text
         self.cursor_position = len(text)

@@ -25,8 +25,8 @@ SPARK_WIDTH = 12
 HIGH = 0.85  # of a node's slots busy: shown as such
 
 NODE_COLUMNS = (
-    Column("alias", "node", 14, rank=99, grows=True, letter="a"),
-    Column("class", "class", 8, rank=5, letter="c"),
+    Column("alias", "node", 12, rank=99, grows=True, letter="a"),
+    Column("class", "class", 7, rank=45, letter="c"),
     Column("state", "state", 9, rank=98, letter="s"),
     Column("busy", "busy", 12, rank=97, letter="b"),
     Column("load", "load", SPARK_WIDTH, rank=90, letter="l"),

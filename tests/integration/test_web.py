@@ -292,9 +292,10 @@ def test_a_verb_that_is_typed_in_the_browser_is_answered_by_the_cluster(
             await browser.reload()
             await browser.wait_for("3 of 3 ready")
             assert "converged" not in await browser.screen(), "a console of its own"
-            await say(browser, "set greeting hello")
-            await say(browser, "get greeting")
-            await browser.wait_for("hello")
+            await say(browser, "add counter 41")
+            await browser.wait_for("version 1")
+            await say(browser, "get counter --json")
+            await browser.wait_for('"value":41')
             assert {urlsplit(each).hostname for each in browser.requests} == {"127.0.0.1"}
             assert browser.console == []
             consoles = psutil.Process(server.pid).children(recursive=True)

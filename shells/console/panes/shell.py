@@ -46,7 +46,7 @@ class ShellPane(Vertical):
     ShellPane { background: $background; }
     ShellPane #output { height: 0; }
     ShellPane #prompt-row { height: 1; }
-    ShellPane #prompt-label { width: auto; height: 1; padding: 0 0 0 1; }
+    ShellPane #prompt-label { width: auto; height: 1; }
     ShellPane .rest { height: 1fr; }
     """
 
