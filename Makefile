@@ -28,8 +28,9 @@ sim: setup                     ## simulate a cluster: make sim SEED=7 NODES=1000
 bench: setup                   ## every figure, as a ratio measured in one run
 	$(BIN)/manifold bench $(BENCH)
 
-picture: setup                 ## the pictures of the README, from the running product
+picture: setup                 ## the pictures of the docs, from the running product
 	$(BIN)/python -m manifold.tools.picture
+	$(BIN)/python -m manifold.tools.web_picture
 	$(BIN)/python examples/mandelbrot.py docs/mandelbrot.png
 
 setup: $(VENV)/.ready

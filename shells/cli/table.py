@@ -40,6 +40,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "observe": {
         "console": ("manifold.shells.verbs.console:console", "A prompt, and live panes."),
         "top": ("manifold.shells.verbs.console:top", "The console, on the nodes."),
+        "web": ("manifold.shells.web.verbs:web", "The console in a browser, behind a token."),
         "record": ("manifold.shells.verbs.console:record", "Record what happens, for replay."),
         "replay": ("manifold.shells.verbs.console:replay", "Show a recording in the console."),
         "logs": ("manifold.shells.verbs.observe:logs", "Logs of every node, in order of time."),

@@ -1,0 +1,1 @@
+"""The console in a browser: a page on loopback, behind a token, that shows a Textual console."""
