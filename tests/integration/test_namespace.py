@@ -317,7 +317,8 @@ def test_ls_lists_folders_and_keeps_its_table_of_globals(shell: Shell, calm: Tes
     assert table[0].split() == ["NAME", "VALUE", "TYPE", "VERSION"]
     assert table[-1] == "1 name under /globals/ls  (quorum)"
     assert shell.json("ls", "ls/", "--stale", "--timeout", "9")[0]["name"] == "ls/a"
-    assert "/cluster/rings" in shell.ok("ls", "/registers/cluster")
+    ring = "/cluster/rings"  # which the nodes agree on soon after they have met
+    until(lambda: ring in shell.ok("ls", "/registers/cluster"), "there is no ring")
     assert "/cluster/rings" in shell.ok("ls", "/cluster")
 
 
