@@ -63,6 +63,7 @@ class Console(App[int]):
     Screen { background: $background; layers: base; }
     ContentSwitcher { height: 1fr; }
     #banner { display: none; }
+    CommandPalette SearchIcon { display: none; }
     #banner.-shown { display: block; }
     """
     ENABLE_COMMAND_PALETTE = True

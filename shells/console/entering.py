@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from manifold.kernel.errors import ManifoldError
@@ -257,6 +257,3 @@ def _entry(name: str, says: str) -> Line:
 def quoted(*words: str) -> str:
     """A line of words."""
     return shlex.join(words)
-
-
-Act = Callable[[str], None]

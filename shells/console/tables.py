@@ -49,15 +49,6 @@ JOB_COLUMNS = (
     Column("owner", "owner", 12, rank=9, letter="o"),
     Column("what", "what", 8, rank=70, grows=True, letter="w"),
 )
-SHARD_COLUMNS = (
-    Column("node", "node", 14, rank=99),
-    Column("shard", "shard", 5, right=True, rank=98),
-    Column("slot", "slot", 4, right=True, rank=50),
-    Column("try", "try", 3, right=True, rank=20),
-    Column("blocks", "blocks", 13, right=True, rank=60),
-    Column("for", "for", 6, right=True, rank=70),
-    Column("what", "what", 10, rank=30, grows=True),
-)
 
 
 def glyph(table: dict[str, tuple[str, str]], state: str) -> Line:

@@ -53,6 +53,16 @@ class TextView(ScrollView, can_focus=True):
     TextView { background: $background; scrollbar-size-vertical: 1; overflow-x: hidden; }
     """
 
+    @dataclass
+    class Scrolled(Message):
+        """What is seen of it is another part."""
+
+        view: TextView
+
+        @property
+        def control(self) -> TextView:
+            return self.view
+
     def __init__(self, *, wrap: bool = True, id: str | None = None) -> None:
         super().__init__(id=id)
         self.wrap = wrap
@@ -153,6 +163,32 @@ class TextView(ScrollView, can_focus=True):
         elif self.follow:
             self.scroll_end(animate=False, force=True, immediate=True, x_axis=False)
 
+    def _upwards(self, by: int) -> None:
+        """Scroll; who is at the top already says so, for there may be older lines."""
+        if self.scroll_offset.y > 0:
+            self.scroll_relative(y=-by, animate=False, force=True)
+        else:
+            self.follow = False
+            self.post_message(self.Scrolled(self))
+
+    def action_scroll_up(self) -> None:
+        self._upwards(1)
+
+    def action_page_up(self) -> None:
+        self._upwards(max(1, self.size.height - 1))
+
+    def action_scroll_home(self) -> None:
+        self._upwards(len(self._rows))
+
+    def action_scroll_end(self) -> None:
+        self.follow = True
+        self.scroll_end(animate=False, force=True, immediate=True, x_axis=False)
+        self.post_message(self.Scrolled(self))
+
+    def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
+        if self.scroll_offset.y <= 0:
+            self._upwards(1)
+
     # -- finding ----------------------------------------------------------------------------------
 
     def find(self, text: str, *, backwards: bool = False, again: bool = False) -> bool:
@@ -204,6 +240,8 @@ class TextView(ScrollView, can_focus=True):
             self.follow = self.follow and self.max_scroll_y <= new
         elif new >= self.max_scroll_y:
             self.follow = True
+        if new != old:
+            self.post_message(self.Scrolled(self))
 
 
 def marked(line: Line, found: str, style: str) -> Line:

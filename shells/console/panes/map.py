@@ -34,7 +34,6 @@ class MapPane(Widget, can_focus=True):
         Binding("escape", "app.pane('shell')"), Binding("left,up,h,k", "walk(-1)"),
         Binding("right,down,l,j", "walk(1)"), Binding("enter", "open"),
     ]  # fmt: skip
-    hints = (("arrows", "walk", "map_next"), ("enter", "open", "map_open"))
 
     class Opened(Message):
         def __init__(self, kid: str) -> None:

@@ -9,6 +9,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import Vertical
 
+from manifold.shells.console.model import Model
 from manifold.shells.console.panes.listing import ListingPane
 from manifold.shells.console.tables import (
     NODE_COLUMNS,
@@ -18,7 +19,7 @@ from manifold.shells.console.tables import (
     node_sort,
 )
 from manifold.shells.console.theme import Line
-from manifold.shells.console.view import Row, Table, TextView
+from manifold.shells.console.view import Row, TextView
 
 CHART_ROWS_MIN, CHART_ROWS_MAX = 5, 16
 
@@ -27,27 +28,23 @@ class NodesPane(ListingPane):
     """Every node that is known, how it is and what it does."""
 
     columns = NODE_COLUMNS
-    hints = (
-        ("enter", "open", "node_open"), ("/", "filter", "node_filter"),
-        ("i", "inspect", "inspect"), ("l", "log", "node_log"), ("B", "by busy", "node_busy"),
-    )  # fmt: skip
     BINDINGS: ClassVar[list[Any]] = [
         Binding("i", "app.inspect"), Binding("l", "app.node_log"), Binding("p", "app.node_ps"),
     ]  # fmt: skip
 
+    def __init__(self, id: str, model: Callable[[], Model], now_ms: Callable[[], int]) -> None:
+        super().__init__(id, model, now_ms)
+        self.chart = TextView(id="nodes-chart", wrap=False)
+
     def compose(self) -> ComposeResult:
         with Vertical(classes="left"):
-            yield Table(self.columns, id="nodes-table")
-            yield TextView(id="nodes-chart", wrap=False)
+            yield self.table
+            yield self.chart
         yield from self.compose_page()
 
     def on_mount(self) -> None:
         super().on_mount()
         self.chart.can_focus = False
-
-    @property
-    def chart(self) -> TextView:
-        return self.query_one("#nodes-chart", TextView)
 
     def update_rows(self) -> None:
         """Beneath the rows, where there is room, how the whole cluster is."""
