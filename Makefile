@@ -45,7 +45,7 @@ $(VENV)/.ready: pyproject.toml
 	  echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
 	  echo "Python's venv module is missing: sudo apt-get install python3-venv"; exit 2; }
-	@echo "setting up $(VENV): about 20 packages, 60 MB to download, once"
+	@echo "setting up $(VENV): about 70 packages, 60 MB to download, once"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e '.[dev]'
 	@touch $@
