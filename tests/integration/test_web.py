@@ -246,6 +246,26 @@ def test_with_the_server_every_console_ends(
     assert server.returncode == (-number if number == signal.SIGKILL else 0)
 
 
+def test_the_address_reaches_a_browser_in_a_file_and_never_in_an_argument(tmp_path: Path) -> None:
+    opener = tmp_path / "opener"
+    opener.write_text('#!/bin/sh\nfile=${1#file://}\nstat -c %a "$file"; echo "$@"; cat "$file"\n')
+    opener.chmod(0o700)
+    started = subprocess.Popen(
+        [sys.executable, "-m", "manifold", "web", "--open"], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"BROWSER": str(opener), "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert started.stdout is not None
+    said = [started.stdout.readline() for _ in range(4)]
+    started.send_signal(signal.SIGTERM)
+    rest, _ = started.communicate(timeout=ENDED_S)
+    token = said[0].split("token=")[1].strip()
+    assert said[2] == "600\n"
+    assert said[3].startswith("file://") and token not in said[3]
+    assert f"token={token}" in rest
+    assert started.returncode == 0
+    assert [each.name for each in tmp_path.iterdir()] == ["opener"], "the file is gone"
+
+
 def test_a_console_that_hangs_ends_with_a_server_that_is_killed(
     server_process: tuple[subprocess.Popen[str], str],
 ) -> None:
