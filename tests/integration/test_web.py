@@ -257,7 +257,9 @@ def test_the_address_reaches_a_browser_in_a_file_and_never_in_an_argument(tmp_pa
     assert started.stdout is not None
     said = [started.stdout.readline() for _ in range(4)]
     started.send_signal(signal.SIGTERM)
-    rest, _ = started.communicate(timeout=ENDED_S)
+    rest = started.stdout.read()  # not communicate: it does not see what readline has buffered
+    started.stdout.close()
+    started.wait(ENDED_S)
     token = said[0].split("token=")[1].strip()
     assert said[2] == "600\n"
     assert said[3].startswith("file://") and token not in said[3]
