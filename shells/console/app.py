@@ -60,7 +60,6 @@ class Console(App[int]):
 
     TITLE = "manifold"
     CSS = """
-    Screen { background: $background; layers: base; }
     ContentSwitcher { height: 1fr; }
     #banner { display: none; }
     CommandPalette SearchIcon { display: none; }
@@ -208,6 +207,8 @@ class Console(App[int]):
         shown = self.panes[self.pane]
         if isinstance(shown, NodesPane | JobsPane | MapPane):
             shown.update_rows()
+        elif isinstance(shown, ShellPane):
+            shown.fit()
         self.show_keys()
 
     def show_banner(self) -> None:

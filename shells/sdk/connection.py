@@ -58,6 +58,7 @@ class Connection:
         self._node = node
         self._address = ""
         self.closed = False
+        self.on_leave: list[Callable[[], None]] = []  # called before the thread goes
         self._lock = threading.Lock()
         self.attached: Welcome | None = None
         self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
@@ -213,6 +214,8 @@ class Connection:
         self.loop.close()
 
     async def _leave(self) -> None:
+        for tell in self.on_leave:
+            tell()
         await self.loop.shutdown_default_executor()
         if not hasattr(self, "bus"):
             return

@@ -80,7 +80,7 @@ def test_it_boots_with_facts_and_runs_verbs_pipes_and_the_pager(manifold_cluster
 
     async def steps(pilot: Pilot[Any]) -> None:
         app = await attached(pilot, 3)
-        assert "nodes: 3 of 3 ready" in screen(app)
+        await until(pilot, lambda: "nodes: 3 of 3 ready" in screen(app), "the facts are seen")
         assert f"cluster {cluster.name}" in screen(app)
         await enter(pilot, "status")
         assert "3 of 3 nodes ready" in printed(app)
