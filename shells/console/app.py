@@ -97,7 +97,6 @@ class Console(App[int]):
         self.cluster = cluster
         self.read_only = read_only
         self.model = Model()
-        self.first_pane = pane
         self.runner = Runner(self._environ_of)
         self.entering = Entering(self, self.runner, cluster, read_only=read_only)
         self.feed: Feed | None = None
@@ -152,7 +151,11 @@ class Console(App[int]):
             self.shell.print([((self.history.trouble, "warn"),)])
         self.start_source()
         self.set_interval(TICK_S, self.tick)
-        self.call_after_refresh(self.action_pane, self.first_pane)
+        self.call_after_refresh(self._begin)
+
+    def _begin(self) -> None:
+        """The first pane, or the one that a fast key has asked for meanwhile, has the keys."""
+        self.action_pane(self.pane)
 
     def start_source(self) -> None:
         """Begin to look at the cluster."""
