@@ -213,6 +213,8 @@ def test_a_read_only_console_refuses_what_changes_anything(manifold_cluster: Any
         app = await attached(pilot, 1)
         await enter(pilot, "set x 1")
         assert "this console only looks" in printed(app)
+        await enter(pilot, "ls / | set x 1")
+        assert printed(app).count("this console only looks") == 2
         await enter(pilot, "get --help")
         assert "Usage: manifold get" in printed(app)
         await enter(pilot, "node ls")
