@@ -45,6 +45,12 @@ class Verbs(click.Group):
             raise click.UsageError(f"There is no verb {arguments[0]!r}. {hint}")
         return super().resolve_command(context, arguments)
 
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except BrokenPipeError:  # here, since click itself would exit with 1
+            return _seen_enough()
+
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         for title, verbs in GROUPS.items():
             with formatter.section(title):
@@ -95,10 +101,13 @@ def run(arguments: list[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader, a pager or `head`, has seen enough
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+
+def _seen_enough() -> int:
+    """The reader, a pager or `head`, has gone: that is no error."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _fail(code: str, message: str, next_step: str, exit_code: int, as_json: bool) -> int:

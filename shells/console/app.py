@@ -17,6 +17,7 @@ from textual import events, on
 from textual.app import App, ComposeResult
 from textual.binding import Binding
 from textual.message import Message
+from textual.screen import ModalScreen
 from textual.widgets import ContentSwitcher
 
 from manifold.kernel import places
@@ -59,15 +60,17 @@ class Console(App[int]):
 
     TITLE = "manifold"
     CSS = """
-    Screen { background: $background; layers: base; }
     ContentSwitcher { height: 1fr; }
     #banner { display: none; }
+    CommandPalette SearchIcon { display: none; }
     #banner.-shown { display: block; }
     """
     ENABLE_COMMAND_PALETTE = True
     COMMANDS: ClassVar[set[Any]] = {Actions}
     BINDINGS: ClassVar[list[Any]] = [
-        *(Binding(f"f{n + 2},alt+{n + 1}", f"pane('{p}')") for n, p in enumerate(PANES)),
+        # First of all widgets: what is typed behind it has to reach the pane that it opens.
+        *(Binding(f"f{n + 2},alt+{n + 1}", f"pane('{p}')", priority=True)
+          for n, p in enumerate(PANES)),
         *(Binding(f"{n + 1}", f"pane('{p}')") for n, p in enumerate(PANES)),
         Binding("tab", "turn(1)"), Binding("shift+tab", "turn(-1)"),
         Binding("f1,question_mark", "help"), Binding("colon", "pane('shell')"),
@@ -94,11 +97,10 @@ class Console(App[int]):
         self.cluster = cluster
         self.read_only = read_only
         self.model = Model()
-        self.first_pane = pane
         self.runner = Runner(self._environ_of)
         self.entering = Entering(self, self.runner, cluster, read_only=read_only)
         self.feed: Feed | None = None
-        self._boot = Boot(VERSION, f"Python {platform.python_version()}, {platform.machine()}")
+        self._boot = self.boot()
         self._told = ""  # what the last line that a key stood for has said
         self._pager: Pager | None = None
         self.history = History(self._history_path())
@@ -108,21 +110,38 @@ class Console(App[int]):
             jobs=lambda: list(reversed(self.model.jobs)), cluster=cluster,
         )  # fmt: skip
 
+        # Kept by name: what is shown is told to them also while the screen is built or taken down.
+        self.bar, self.banner, self.keys = Ribbon(id="bar"), Ribbon(id="banner"), Ribbon(id="keys")
+        self.switcher = ContentSwitcher(initial=pane)
+        self.shell = ShellPane(self.history, self.completer)
+        self.nodes = NodesPane("nodes", lambda: self.model, self.now_ms)
+        self.jobs = JobsPane("jobs", lambda: self.model, self.now_ms)
+        self.map = MapPane(lambda: self.model, self.now_ms)
+        self.log_pane = LogPane(lambda: self.model, cluster, self._environ_of)
+        self.panes: dict[str, ShellPane | NodesPane | JobsPane | MapPane | LogPane] = {
+            "shell": self.shell, "nodes": self.nodes, "jobs": self.jobs, "map": self.map,
+            "log": self.log_pane,
+        }  # fmt: skip
+
+    def boot(self) -> Boot:
+        """What the boot messages begin with."""
+        return Boot(VERSION, f"Python {platform.python_version()}, {platform.machine()}")
+
     def _history_path(self) -> Path:
         return places.state_home(self._environ_of) / NAME
 
     # -- life -------------------------------------------------------------------------------------
 
     def compose(self) -> ComposeResult:
-        yield Ribbon(id="bar")
-        yield Ribbon(id="banner")
-        with ContentSwitcher(initial=self.first_pane):
-            yield ShellPane(self.history, self.completer)
-            yield NodesPane("nodes", lambda: self.model, self.now_ms)
-            yield JobsPane("jobs", lambda: self.model, self.now_ms)
-            yield MapPane(lambda: self.model, self.now_ms)
-            yield LogPane(lambda: self.model, self.cluster, self._environ_of)
-        yield Ribbon(id="keys")
+        yield self.bar
+        yield self.banner
+        with self.switcher:
+            yield self.shell
+            yield self.nodes
+            yield self.jobs
+            yield self.map
+            yield self.log_pane
+        yield self.keys
 
     def on_mount(self) -> None:
         self.runner.start()
@@ -132,7 +151,11 @@ class Console(App[int]):
             self.shell.print([((self.history.trouble, "warn"),)])
         self.start_source()
         self.set_interval(TICK_S, self.tick)
-        self.call_after_refresh(self.action_pane, self.first_pane)
+        self.call_after_refresh(self._begin)
+
+    def _begin(self) -> None:
+        """The first pane, or the one that a fast key has asked for meanwhile, has the keys."""
+        self.action_pane(self.pane)
 
     def start_source(self) -> None:
         """Begin to look at the cluster."""
@@ -182,23 +205,26 @@ class Console(App[int]):
         if not self.is_running or not self.screen_stack:
             return
         width = self.size.width
-        self.find("#bar", Ribbon).show(
-            *status_bar(self.model, self.pane, width, read_only=self.read_only)
-        )
-        warning = self.banner_line()
-        ribbon = self.find("#banner", Ribbon)
-        ribbon.set_class(bool(warning), "-shown")
-        ribbon.show([(warning, "")] if warning else [])
-        if self.pane in ("nodes", "jobs", "map"):
-            self.find(f"#{self.pane}").update_rows()
+        self.bar.show(*status_bar(self.model, self.pane, width, read_only=self.read_only))
+        self.show_banner()
+        shown = self.panes[self.pane]
+        if isinstance(shown, NodesPane | JobsPane | MapPane):
+            shown.update_rows()
+        elif isinstance(shown, ShellPane):
+            shown.fit()
         self.show_keys()
+
+    def show_banner(self) -> None:
+        warning = self.banner_line()
+        self.banner.set_class(bool(warning), "-shown")
+        self.banner.show([(warning, "")] if warning else [])
 
     def banner_line(self) -> Line:
         """What stands above everything; nothing where all is well."""
         return banner(self.model, self.now_ms())
 
     def show_keys(self) -> None:
-        self.find("#keys", Ribbon).show(*self.key_parts())
+        self.keys.show(*self.key_parts())
 
     def key_parts(self) -> tuple[list[Part], list[Part]]:
         """The keys, and the verb that the last one ran."""
@@ -212,38 +238,22 @@ class Console(App[int]):
         return ""
 
     def _opened(self) -> bool:
-        return self.pane in ("nodes", "jobs") and bool(
-            self.find(f"#{self.pane}").has_class("-open")
-        )
+        shown = self.panes[self.pane]
+        return isinstance(shown, NodesPane | JobsPane) and shown.opened
 
     # -- panes ------------------------------------------------------------------------------------
 
     @property
-    def base(self) -> Any:
-        return self.screen_stack[0]
-
-    def find(self, *arguments: Any) -> Any:
-        """A widget of the first screen, where panes are, whatever lies above it."""
-        return self.base.query_one(*arguments)
-
-    @property
     def pane(self) -> str:
-        return self.find(ContentSwitcher).current or "shell"
-
-    @property
-    def shell(self) -> ShellPane:
-        found: ShellPane = self.find("#shell", ShellPane)
-        return found
-
-    @property
-    def log_pane(self) -> LogPane:
-        found: LogPane = self.find("#log", LogPane)
-        return found
+        """The name of the one that is shown."""
+        return self.switcher.current or "shell"
 
     def action_pane(self, name: str) -> None:
-        """Show a pane."""
-        self.find(ContentSwitcher).current = name
-        self.find(f"#{name}").focus_pane()
+        """Show a pane; what lies above it is closed."""
+        if isinstance(self.screen, ModalScreen) and len(self.screen_stack) > 1:
+            self.screen.dismiss()
+        self.switcher.current = name
+        self.panes[name].focus_pane()
         self._want_logs()
         self.call_after_refresh(self.tick)
 
@@ -278,9 +288,9 @@ class Console(App[int]):
         self.look = Look(PALETTES[name])
         self.theme = f"manifold-{name}"
         self.shell.label(self._label())
-        self.screen.refresh(layout=True)
-        for widget in self.base.walk_children():
-            widget.refresh()
+        for screen in self.screen_stack:
+            for widget in screen.walk_children():
+                widget.refresh()
 
     # -- the prompt (the `Desk` of entering.py) ---------------------------------------------------
 
@@ -394,11 +404,11 @@ class Console(App[int]):
     # -- what keys do to what is chosen -----------------------------------------------------------
 
     def _node(self) -> str:
-        node = self.model.nodes.get(self.find("#nodes", NodesPane).table.chosen)
+        node = self.model.nodes.get(self.nodes.table.chosen)
         return node.alias if node is not None else ""
 
     def _job(self) -> str:
-        found: str = self.find("#jobs", JobsPane).table.chosen
+        found: str = self.jobs.table.chosen
         return found
 
     def chosen_node(self) -> str:
@@ -449,6 +459,6 @@ class Console(App[int]):
     @on(MapPane.Opened)
     def _map_opened(self, event: MapPane.Opened) -> None:
         self.action_pane("nodes")
-        nodes = self.find("#nodes", NodesPane)
+        nodes = self.nodes
         nodes.table.choose(event.kid)
         nodes.table.action_open()

@@ -23,16 +23,15 @@ KEYS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     ("at the prompt", (
         ("Tab", "complete; again: walk through the menu"), ("→", "take the grey suggestion"),
         ("↑ ↓", "history with the same beginning"), ("^R", "search in it"),
-        ("^L", "clear"), ("PgUp PgDn", "scroll what was printed"), ("LINE | less", "the pager"),
+        ("^L  PgUp", "clear; scroll what was printed"), ("LINE | less", "the pager"),
     )),
-    ("nodes and jobs", (
-        ("⏎", "open the page of the row; esc closes it"), ("/", "filter"),
+    ("in a pane", (
+        ("⏎  esc", "open the page of the row; close it"), ("/", "filter; in the pager find"),
         ("⇧letter", "sort by the column with that letter; r turns it round"),
         ("i  l  p", "inspect, log, processes of a node"), ("w  x", "why and kill a job"),
+        ("f  PgUp", "log: follow; older lines, as far back as the disk has them"),
         ("y", "copy what is shown"),
     )),
-    ("log", (("f", "follow"), ("/", "filter"), ("PgUp", "older, as far back as the disk has"))),
-    ("pager", (("/ n N", "find, next, before"), ("space b", "page"), ("q", "leave"))),
 )  # fmt: skip
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-SPARKS = "▁▂▂▃▄▅▆▇█"  # nothing is a ground line, the least rises from it
-EIGHTHS = " ▏▎▍▌▋▊▉"
+SPARKS = "▁▂▂▃▄▅▆▆▇"  # nothing is a ground line; the most leaves a gap to the row above
 SIZES = ("B", "K", "M", "G", "T", "P")
 
 
@@ -22,11 +21,10 @@ def spark(history: Sequence[float], width: int, top: float = 1.0) -> str:
 
 
 def bar(share: float, width: int) -> tuple[str, str]:
-    """The full part of a bar, in eighths of a cell, and the blank rest."""
-    eighths = round(max(0.0, min(1.0, share)) * width * 8)
-    full, part = divmod(eighths, 8)
-    text = "█" * full + (EIGHTHS[part] if part else "")
-    return text, " " * (width - len(text))
+    """The full part of a bar, in halves of a cell, and the rest."""
+    full, half = divmod(round(max(0.0, min(1.0, share)) * width * 2), 2)
+    text = "━" * full + "╸" * half
+    return text, "─" * (width - len(text))
 
 
 def size(count: float) -> str:
@@ -62,11 +60,6 @@ def age(milliseconds: float) -> str:
     return f"{seconds // 86400}d{seconds % 86400 // 3600:02}h"
 
 
-def cut(text: str, width: int) -> str:
-    """`text`, with an ellipsis where it is wider."""
-    return text if len(text) <= width else text[: max(0, width - 1)] + "…"
-
-
 def coarse(milliseconds: float) -> str:
     """As `age`, but minutes change only once a minute: for what stands in a table for long."""
     text = age(milliseconds)
@@ -76,3 +69,18 @@ def coarse(milliseconds: float) -> str:
 def plural(count: int, word: str) -> str:
     """`1 node`, `2 nodes`."""
     return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+def area(history: Sequence[float], width: int, height: int) -> list[str]:
+    """Shares from 0 to 1 as an area of `height` rows, the newest at the right."""
+    shown = list(history)[-width:] if width > 0 else []
+    eighths = [round(max(0.0, min(1.0, value)) * height * 8) for value in shown]
+    rows = []
+    for row in range(height - 1, -1, -1):
+        cells = (max(0, min(8, each - row * 8)) for each in eighths)
+        rows.append("".join(" ▁▂▃▄▅▆▇█"[each] for each in cells).rjust(width))
+    if rows and shown:  # where nothing happened the ground line is seen
+        rows[-1] = "".join(
+            "▁" if cell == " " else cell for cell in rows[-1][width - len(shown) :]
+        ).rjust(width)
+    return rows

@@ -76,7 +76,8 @@ class Model:
             node, load = self._node(info, now_ms), _load(info)
             if node != self.nodes.get(node.kid):
                 yield e.NodeIs(now_ms, node)
-            if load != self.loads.get(node.kid, e.Load()):
+            answered = info.pid > 0  # else it is silent, and what it said stays
+            if answered and load != self.loads.get(node.kid, e.Load()):
                 yield e.NodeDoes(now_ms, node.kid, load)
         for kid in self.nodes.keys() - {info.kid for info in nodes}:
             yield e.NodeGone(now_ms, kid)

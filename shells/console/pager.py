@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from textual import events
+from textual import events, on
 from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.screen import ModalScreen
@@ -42,23 +42,21 @@ class Pager(ModalScreen[None]):
         self._first = lines
         self._found = ""
         self.running = False
-        self.code = 0
+        # Kept by name: lines come also while the screen is built or taken down.
+        self.text = TextView(id="pager-text")
+        self._head, self._keys = Ribbon(id="pager-title"), Ribbon(id="pager-keys")
 
     def compose(self) -> ComposeResult:
-        yield Ribbon(id="pager-title")
-        yield TextView(id="pager-text")
+        yield self._head
+        yield self.text
         yield Input(id="pager-find", placeholder="find", compact=True)
-        yield Ribbon(id="pager-keys")
+        yield self._keys
 
     def on_mount(self) -> None:
         self.text.follow = False
-        self.text.show(self._first)
+        self.text.show([*self._first, *self.text.lines])  # some may have come already
         self.text.focus()
         self.tell()
-
-    @property
-    def text(self) -> TextView:
-        return self.query_one("#pager-text", TextView)
 
     def add(self, lines: Sequence[Line], tail: Line = ()) -> None:
         self.text.add(lines, tail)
@@ -67,6 +65,10 @@ class Pager(ModalScreen[None]):
     def on_resize(self, event: events.Resize) -> None:
         self.call_after_refresh(self.tell)
 
+    @on(TextView.Scrolled)
+    def _scrolled(self) -> None:
+        self.tell()
+
     def tell(self) -> None:
         """Where in the text it is, and the keys."""
         count = self.text.row_count
@@ -74,14 +76,14 @@ class Pager(ModalScreen[None]):
         state = "running" if self.running else "end" if bottom >= count else ""
         where = f"{bottom}/{count} {state} "
         title: list[Part] = [(((f" $ {self._title} ", "bold"),), "")]
-        self.query_one("#pager-title", Ribbon).show(title, [(((where, "dim"),), "")])
+        self._head.show(title, [(((where, "dim"),), "")])
         keys = [("q", "leave"), ("/", "find"), ("n", "next"), ("w", "wrap"), ("y", "copy")]
         actions = {"q": "leave", "/": "find", "n": "again(1)", "w": "wrap", "y": "copy"}
         parts: list[Part] = [
             (((f" {key}", "key"), (f" {label} ", "dim")), f"screen.{actions[key]}")
             for key, label in keys
         ]
-        self.query_one("#pager-keys", Ribbon).show(parts)
+        self._keys.show(parts)
 
     # -- keys -------------------------------------------------------------------------------------
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any, ClassVar
 
 from textual.binding import Binding
 
 from manifold.shells.console import messages as e
 from manifold.shells.console.app import Console
+from manifold.shells.console.boot import Boot
 from manifold.shells.console.figures import age
 from manifold.shells.console.model import Model
 from manifold.shells.console.recording import Player
@@ -41,11 +43,17 @@ class ReplayConsole(Console):
         theme: str = "dark",
     ) -> None:
         environ = dict(os.environ if environ is None else environ)
+        self.player = player
         super().__init__(
             player.header.cluster or "recording", environ, read_only=True, pane=pane, theme=theme
         )
-        self.player = player
         self._frame_s = time.monotonic()
+
+    def boot(self) -> Boot:
+        attached = (each for each in self.player.events if isinstance(each, e.Attached))
+        first = next(attached, None)
+        when = datetime.fromtimestamp(self.player.begin_ms / 1000, UTC)
+        return Boot(first.version if first else "", f"recorded {when:%Y-%m-%d %H:%M} UTC")
 
     def start_source(self) -> None:
         self._play(self.player.seek(self.player.begin_ms))
@@ -64,7 +72,7 @@ class ReplayConsole(Console):
         before, self.model = self.model, self.player.model
         if events:
             self.learnt(events, before if before is not self.model else Model())
-        self.tick()
+        self.show_banner()
 
     def banner_line(self) -> Line:
         player = self.player
@@ -89,7 +97,7 @@ class ReplayConsole(Console):
 
     def action_pause(self) -> None:
         self.player.paused = not self.player.paused
-        self.tick()
+        self.show_banner()
 
     def action_step(self) -> None:
         """Stop, and go on by one look."""
@@ -99,7 +107,11 @@ class ReplayConsole(Console):
     def action_seek(self, by: int) -> None:
         self._play(self.player.seek(self.player.now_ms + by * SEEK_MS))
 
+    def action_seek_to(self, after_ms: int) -> None:
+        """Go to a time after the beginning."""
+        self._play(self.player.seek(self.player.begin_ms + after_ms))
+
     def action_faster(self, by: int) -> None:
         at = min(range(len(SPEEDS)), key=lambda i: abs(SPEEDS[i] - self.player.speed)) + by
         self.player.speed = SPEEDS[max(0, min(len(SPEEDS) - 1, at))]
-        self.tick()
+        self.show_banner()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.style import Style
 from textual import events
 from textual.strip import Strip
 from textual.widget import Widget
@@ -22,8 +21,9 @@ class Ribbon(Widget):
     Ribbon { height: 1; background: $panel; }
     """
 
-    def __init__(self, *, id: str) -> None:
+    def __init__(self, *, id: str, on_ground: bool = False) -> None:
         super().__init__(id=id)
+        self._on_ground = on_ground
         self._left: tuple[Part, ...] = ()
         self._right: tuple[Part, ...] = ()
 
@@ -58,7 +58,7 @@ class Ribbon(Widget):
     def render_line(self, y: int) -> Strip:
         look = getattr(self.app, "look", None)
         assert isinstance(look, Look)
-        base: Style = self.rich_style
+        base = look.ground if self._on_ground else look.panel
         return strip_of(self._line()[0], self.size.width, look, base)
 
     async def on_click(self, event: events.Click) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
 from manifold.shells.console import messages as e
-from manifold.shells.console.figures import age, amount, bar, coarse, size, spark
+from manifold.shells.console.figures import age, amount, area, bar, coarse, plural, size, spark
 from manifold.shells.console.model import Model
 from manifold.shells.console.theme import Line, Span
 from manifold.shells.console.view import Column, Row
@@ -22,7 +23,6 @@ JOB_GLYPHS = {
     "cancelled": ("■", "dim"),
 }  # fmt: skip
 SPARK_WIDTH = 12
-HIGH = 0.85  # of a node's slots busy: shown as such
 
 NODE_COLUMNS = (
     Column("alias", "node", 12, rank=99, grows=True, letter="a"),
@@ -49,15 +49,6 @@ JOB_COLUMNS = (
     Column("owner", "owner", 12, rank=9, letter="o"),
     Column("what", "what", 8, rank=70, grows=True, letter="w"),
 )
-SHARD_COLUMNS = (
-    Column("node", "node", 14, rank=99),
-    Column("shard", "shard", 5, right=True, rank=98),
-    Column("slot", "slot", 4, right=True, rank=50),
-    Column("try", "try", 3, right=True, rank=20),
-    Column("blocks", "blocks", 13, right=True, rank=60),
-    Column("for", "for", 6, right=True, rank=70),
-    Column("what", "what", 10, rank=30, grows=True),
-)
 
 
 def glyph(table: dict[str, tuple[str, str]], state: str) -> Line:
@@ -66,7 +57,8 @@ def glyph(table: dict[str, tuple[str, str]], state: str) -> Line:
 
 
 def load_style(share: float) -> str:
-    return "warn" if share >= HIGH else "accent" if share > 0 else "faint"
+    """A node that is busy altogether is well: it is what it is there for."""
+    return "ok" if share >= 1 else "accent" if share > 0 else "faint"
 
 
 def busy_cell(busy: int, slots: int, width: int = 12) -> Line:
@@ -74,7 +66,6 @@ def busy_cell(busy: int, slots: int, width: int = 12) -> Line:
     words = f"{busy}/{slots}"
     room = width - len(words) - 1
     full, rest = bar(busy / slots if slots else 0.0, room)
-    rest = rest.replace(" ", "·")
     words_style = "" if busy else "dim"
     share = busy / slots if slots else 0.0
     return ((full, load_style(share)), (rest, "faint"), (f" {words}", words_style))
@@ -147,20 +138,20 @@ def node_page(model: Model, kid: str, now_ms: int, width: int) -> list[Line]:
         _fact("id", node.kid),
         _fact("slots", f"{load.busy} busy of {node.cores}, {node.compute:g} core each"
               + (f", {node.throttle}" if node.throttle not in ("", "none") else "")),
-        (*_label("load"), (spark(history, spark_width), load_style(model.share(kid)))),
+        (*_label("load"), (spark(history, spark_width).lstrip(), load_style(model.share(kid)))),
         _fact("queue", f"{amount(load.queued_gas)} gas" if load.queued_gas else "empty"),
         _fact("speed", f"{amount(load.gas_per_s)} gas/s a slot" if load.gas_per_s else "unknown"),
         _fact("memory", size(node.memory_bytes)
               + (f", {size(load.free_memory_bytes)} free" if load.free_memory_bytes >= 0 else "")),
         _fact("sees", f"{node.alive} nodes alive"),
-        _fact("process", f"{node.pid}, boot {node.boot}, {load.workers} workers"),
+        _fact("process", f"{node.pid}, boot {node.boot}, {plural(load.workers, 'worker')}"),
         _fact("up", age(now_ms - node.started_ms) if node.started_ms else "unknown"),
     ]  # fmt: skip
     if node.gpu:
         lines.append(_fact("gpu", "yes"))
     if node.bad_messages:
         lines.append((*_label("bad"), (f"{node.bad_messages} messages refused", "warn")))
-    lines += [(), ((f"runs {len(runs)} shards" if runs else "runs nothing", "head"),)]
+    lines += [(), ((f"runs {plural(len(runs), 'shard')}" if runs else "runs nothing", "head"),)]
     lines += [_run_line(run, now_ms) for run in runs[:64]]
     logged = [line for alias, line in model.logs if alias == node.alias][-200:]
     lines += [(), (("its log", "head"),)]
@@ -184,6 +175,18 @@ def _run_line(run: e.Run, now_ms: int) -> Line:
         (f"{run.job}/{run.shard:<4}", "accent"),
         (f" blocks {run.first}..{run.last}  {since:>6}  ", "dim"), (run.what, ""),
     )  # fmt: skip
+
+
+def cluster_chart(model: Model, width: int, height: int) -> list[Line]:
+    """The history of the whole cluster's load, as an area under its title."""
+    busy, slots = model.slots()
+    queued = sum(load.queued_gas for load in model.loads.values())
+    waits = f"  {amount(queued)} gas queued" if queued else ""
+    title: Line = (
+        (" cluster", "head"), (f"  {busy} of {plural(slots, 'slot')} busy{waits}", "dim"),
+    )  # fmt: skip
+    rows = area(model.total_busy(), width - 2, height - 1)
+    return [title, *(((f" {row}", "accent"),) for row in rows)]
 
 
 # -- jobs -----------------------------------------------------------------------------------------
@@ -211,7 +214,7 @@ def _job_row(model: Model, job: e.Job, now_ms: int) -> Row:
     return {
         "job": ((job.job, "" if runs else "dim"),),
         "state": glyph(JOB_GLYPHS, job.state),
-        "done": ((full, style), (rest.replace(" ", "·"), "faint"),
+        "done": ((full, style), (rest, "faint"),
                  (f" {int(share * 100):3}%", "" if runs else "dim")),
         "rate": ((spark(rates, SPARK_WIDTH, max(rates, default=0.0)), style if runs else "dim"),),
         "total": ((amount(job.total), "dim"),),
@@ -219,7 +222,7 @@ def _job_row(model: Model, job: e.Job, now_ms: int) -> Row:
         "retries": ((str(progress.retries or "·"), "warn" if progress.retries else "faint"),),
         "time": ((age(job_age_ms(model, job, now_ms)), "dim"),),
         "owner": ((model.name(job.owner), "dim"),),
-        "what": ((job.name or job.program[:10], ""),),
+        "what": ((job.name.rpartition("/")[2] or job.program[:10], ""),),
     }  # fmt: skip
 
 
@@ -250,27 +253,30 @@ def job_page(model: Model, job_id: str, now_ms: int, width: int) -> list[Line]:
     progress = model.progress.get(job_id, e.Progress())
     rates = list(model.rates.get(job_id, ()))
     share = progress.done / job.total if job.total else 0.0
-    full, rest = bar(share, max(10, min(50, width - 30)))
+    words = f" {share:.1%}  {progress.done:,} of {job.total:,}"
+    full, rest = bar(share, max(6, min(50, width - 13 - len(words))))
     time_ms = job_age_ms(model, job, now_ms)
     lines: list[Line] = [
         ((job.job, "bold"), ("  ", ""), *glyph(JOB_GLYPHS, job.state)),
         (),
         _fact("what", job.name or job.program),
         (*_label("done"), (full, "accent" if job.state == "running" else "ok"),
-         (rest.replace(" ", "·"), "faint"),
-         (f" {share:.1%}  {progress.done:,} of {job.total:,}", "")),
+         (rest, "faint"),
+         (words, "")),
         _fact("time", age(time_ms) + _left(job, share, time_ms)),
         _fact("reduce", job.reduce),
         _fact("owner", model.name(job.owner)),
-        _fact("shards", f"{progress.shards}, {progress.retries} retries"),
+        _fact("shards", f"{progress.shards}, {progress.retries} tried again"),
     ]  # fmt: skip
     if rates:
         top = max(rates)
         wide = max(10, min(60, width - 30))
-        lines.append((*_label("rate"), (spark(rates, wide, top), "accent"),
+        lines.append((*_label("rate"), (spark(rates, wide, top).lstrip(), "accent"),
                       (f" {amount(rates[-1])}/s", "")))  # fmt: skip
     if job.error:
-        lines.append((*_label("error"), (job.error, "bad")))
+        cut_up = textwrap.wrap(job.error, max(20, width - 12)) or [""]
+        lines.append((*_label("error"), (cut_up[0], "bad")))
+        lines += [(*_label(""), (each, "bad")) for each in cut_up[1:]]
     shards = sorted(model.shards(job_id), key=lambda each: each[1].shard)
     lines += [(), ((f"{len(shards)} shards are on nodes" if shards else "no shard runs", "head"),)]
     for alias, run in shards[:512]:

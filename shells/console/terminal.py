@@ -6,6 +6,8 @@ line, erase the screen. Anything else that a terminal is told is left out, never
 
 from __future__ import annotations
 
+import itertools
+import operator
 import re
 
 from manifold.shells.console.theme import Line, Span
@@ -26,7 +28,10 @@ class Terminal:
     """`feed` returns the lines that have ended; `current` is the one that has not."""
 
     def __init__(self) -> None:
-        self._cells: list[Span] = []
+        self._spans: list[
+            Span
+        ] = []  # the line so far; of single characters once it is written over
+        self._length = 0
         self._column = 0
         self._colour = ""
         self._weights: tuple[str, ...] = ()
@@ -36,7 +41,7 @@ class Terminal:
     @property
     def current(self) -> Line:
         """The line that has not ended, as it stands."""
-        return _joined(self._cells)
+        return _joined(self._spans)
 
     @property
     def _style(self) -> str:
@@ -53,7 +58,7 @@ class Terminal:
             word = token[0]
             if word == "\n":
                 ended.append(self.current)
-                self._cells, self._column = [], 0
+                self._spans, self._length, self._column = [], 0, 0
             elif word == "\r":
                 self._column = 0
             elif word == "\b":
@@ -68,22 +73,37 @@ class Terminal:
 
     def _write(self, text: str) -> None:
         text = text[: LINE_CELLS_MAX - self._column]
-        style = self._style
-        if self._column > len(self._cells):
-            self._cells += [(" ", "")] * (self._column - len(self._cells))
-        self._cells[self._column : self._column + len(text)] = [(each, style) for each in text]
+        if self._column > self._length:
+            self._spans.append((" " * (self._column - self._length), ""))
+            self._length = self._column
+        if self._column == self._length:  # as nearly always: nothing is written over
+            self._spans.append((text, self._style))
+        else:
+            self._split()
+            style = self._style
+            self._spans[self._column : self._column + len(text)] = [(c, style) for c in text]
         self._column += len(text)
+        self._length = max(self._length, self._column)
+
+    def _split(self) -> None:
+        self._spans = [(each, style) for text, style in self._spans for each in text]
+
+    def _cut(self, length: int) -> None:
+        self._split()
+        del self._spans[length:]
+        self._length = len(self._spans)
 
     def _control(self, arguments: str, what: str, ended: list[Line]) -> None:
         if what == "m":
             self._render(arguments)
         elif what == "K":
             if arguments in ("", "0"):
-                del self._cells[self._column :]
+                self._cut(self._column)
             elif arguments == "2":
-                self._cells = []
+                self._cut(0)
         elif what == "J" and arguments in ("2", "3"):
-            self._cells, self.cleared = [], True
+            self._cut(0)
+            self.cleared = True
             ended.clear()
         elif what in "CG" and (not arguments or arguments.isdigit()):
             count = min(int(arguments or 1), LINE_CELLS_MAX)
@@ -114,14 +134,14 @@ class Terminal:
                 self._colour = ""
 
 
-def _joined(cells: list[Span]) -> Line:
-    spans: list[Span] = []
-    start = 0
-    for at in range(1, len(cells) + 1):
-        if at == len(cells) or cells[at][1] != cells[start][1]:
-            spans.append(("".join(text for text, _ in cells[start:at]), cells[start][1]))
-            start = at
-    return tuple(spans)
+def _joined(spans: list[Span]) -> Line:
+    """Neighbours of one style as one."""
+    found: list[Span] = []
+    for style, group in itertools.groupby(spans, key=operator.itemgetter(1)):
+        text = "".join(text for text, _ in group)
+        if text:
+            found.append((text, style))
+    return tuple(found)
 
 
 def lines_of(text: str) -> list[Line]:

@@ -82,6 +82,11 @@ class Look:
         self.palette = palette
         named = _coloured(palette) if palette is not None else dict(_PLAIN)
         self._styles = named | _WEIGHTS | {"": named["text"]}
+        self.ground, self.panel = Style(), Style()
+        if palette is not None:
+            self.ground = Style(color=palette.text, bgcolor=palette.ground)
+            self.panel = Style(color=palette.text, bgcolor=palette.panel)
+        self._over: dict[tuple[Style, str], Style] = {}
 
     def style(self, name: str) -> Style:
         """A style by its name, or by several words of which the later ones win."""
@@ -90,6 +95,13 @@ class Look:
             words = name.split()
             found = Style.combine([self._styles[word] for word in words])
             self._styles[name] = found
+        return found
+
+    def over(self, base: Style, name: str) -> Style:
+        """A named style on a background; remembered, since every paint asks for few of them."""
+        found = self._over.get((base, name))
+        if found is None:
+            found = self._over[base, name] = base + self.style(name)
         return found
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from rich.cells import cell_len
 from rich.segment import Segment
 from rich.style import Style
 from textual import events
@@ -35,8 +36,13 @@ def look_of(widget: ScrollView) -> Look:
 
 def strip_of(line: Line, width: int, look: Look, base: Style) -> Strip:
     """A line, as wide as it is asked to be."""
-    segments = [Segment(text, base + look.style(name)) for text, name in line]
-    return Strip(segments).adjust_cell_length(width, base)
+    segments = [Segment(text, look.over(base, name)) for text, name in line]
+    length = sum(cell_len(text) for text, _ in line)
+    if length < width:
+        segments.append(Segment(" " * (width - length), base))
+        length = width
+    strip = Strip(segments, length)
+    return strip if length == width else strip.adjust_cell_length(width, base)
 
 
 class TextView(ScrollView, can_focus=True):
@@ -44,8 +50,21 @@ class TextView(ScrollView, can_focus=True):
 
     ALLOW_SELECT = True
     DEFAULT_CSS = """
-    TextView { background: $background; scrollbar-size-vertical: 1; overflow-x: hidden; }
+    TextView {
+        background: $background; scrollbar-size-vertical: 1; overflow-x: hidden;
+        scrollbar-gutter: stable;
+    }
     """
+
+    @dataclass
+    class Scrolled(Message):
+        """What is seen of it is another part."""
+
+        view: TextView
+
+        @property
+        def control(self) -> TextView:
+            return self.view
 
     def __init__(self, *, wrap: bool = True, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -147,6 +166,32 @@ class TextView(ScrollView, can_focus=True):
         elif self.follow:
             self.scroll_end(animate=False, force=True, immediate=True, x_axis=False)
 
+    def _upwards(self, by: int) -> None:
+        """Scroll; who is at the top already says so, for there may be older lines."""
+        if self.scroll_offset.y > 0:
+            self.scroll_relative(y=-by, animate=False, force=True)
+        else:
+            self.follow = False
+            self.post_message(self.Scrolled(self))
+
+    def action_scroll_up(self) -> None:
+        self._upwards(1)
+
+    def action_page_up(self) -> None:
+        self._upwards(max(1, self.size.height - 1))
+
+    def action_scroll_home(self) -> None:
+        self._upwards(len(self._rows))
+
+    def action_scroll_end(self) -> None:
+        self.follow = True
+        self.scroll_end(animate=False, force=True, immediate=True, x_axis=False)
+        self.post_message(self.Scrolled(self))
+
+    def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
+        if self.scroll_offset.y <= 0:
+            self._upwards(1)
+
     # -- finding ----------------------------------------------------------------------------------
 
     def find(self, text: str, *, backwards: bool = False, again: bool = False) -> bool:
@@ -171,7 +216,8 @@ class TextView(ScrollView, can_focus=True):
         scroll_x, scroll_y = self.scroll_offset
         at = scroll_y + y
         width = self.size.width
-        look, base = look_of(self), self.rich_style
+        look = look_of(self)
+        base = look.ground
         if at >= len(self._rows):
             return Strip.blank(width, base)
         row = self._rows[at]
@@ -197,6 +243,8 @@ class TextView(ScrollView, can_focus=True):
             self.follow = self.follow and self.max_scroll_y <= new
         elif new >= self.max_scroll_y:
             self.follow = True
+        if new != old:
+            self.post_message(self.Scrolled(self))
 
 
 def marked(line: Line, found: str, style: str) -> Line:
@@ -302,6 +350,8 @@ class Table(ScrollView, can_focus=True):
         self._keys: list[str] = []
         self._rows: dict[str, Row] = {}
         self._chosen = ""
+        self._fitted: tuple[int, list[tuple[Column, int]]] = (-1, [])
+        self._drawn: dict[str, tuple[object, Strip]] = {}
 
     @property
     def chosen(self) -> str:
@@ -324,6 +374,7 @@ class Table(ScrollView, can_focus=True):
             if self._chosen:
                 self.post_message(self.Chosen(self, self._chosen))
         if not same_order:
+            self._drawn = {key: drawn for key, drawn in self._drawn.items() if key in self._rows}
             self.virtual_size = Size(0, len(keys) + 1)
             self.refresh()
             return
@@ -336,7 +387,7 @@ class Table(ScrollView, can_focus=True):
         if not 1 <= y < self.size.height:
             return
         x = 1
-        for column, width in fitted(self.columns, self.size.width - 1):
+        for column, width in self._fit(self.size.width - 1):
             if row.get(column.key) != before.get(column.key):
                 self.refresh(Region(x, y, width, 1))
             x += width + 2
@@ -381,7 +432,7 @@ class Table(ScrollView, can_focus=True):
     def on_click(self, event: events.Click) -> None:
         if event.y == 0:
             x = 1
-            for column, width in fitted(self.columns, self.size.width - 1):
+            for column, width in self._fit(self.size.width - 1):
                 if x <= event.x < x + width + 2:
                     self.post_message(self.SortBy(self, column.key))
                 x += width + 2
@@ -395,9 +446,10 @@ class Table(ScrollView, can_focus=True):
     # -- drawing ----------------------------------------------------------------------------------
 
     def render_line(self, y: int) -> Strip:
-        look, base = look_of(self), self.rich_style
+        look = look_of(self)
+        base = look.ground
         width = self.size.width
-        fit = fitted(self.columns, width - 1)
+        fit = self._fit(width - 1)
         if y == 0:
             return strip_of(self._titles(fit), width, look, base)
         at = y - 1 + self.scroll_offset.y
@@ -406,11 +458,20 @@ class Table(ScrollView, can_focus=True):
         if at >= len(self._keys):
             return Strip.blank(width, base)
         key = self._keys[at]
-        line = _row_line(self._rows[key], fit)
+        row = self._rows[key]
         if key == self._chosen:
             name = "select" if self.has_focus or look.palette is None else "marked"
-            base = base + look.style(name)
-        return strip_of(line, width, look, base)
+            base = look.over(base, name)
+        what = (row, width, look, base)
+        drawn = self._drawn.get(key)
+        if drawn is None or drawn[0] != what:
+            drawn = self._drawn[key] = what, strip_of(_row_line(row, fit), width, look, base)
+        return drawn[1]
+
+    def _fit(self, width: int) -> list[tuple[Column, int]]:
+        if self._fitted[0] != width:
+            self._fitted = width, fitted(self.columns, width)
+        return self._fitted[1]
 
     def _titles(self, fit: Sequence[tuple[Column, int]]) -> Line:
         line: list[Span] = [(" ", "")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import sys
 from collections.abc import Iterable, Sequence
 from typing import IO, Any
@@ -32,8 +33,11 @@ def export(context: click.Context, table: str, form: str | None, output: str) ->
         _write(sys.stdout, form, TABLES[table].columns, rows)
         return
     # Written beside it and renamed: whoever reads FILE never sees half of it.
-    with click.open_file(output, "w", encoding="utf-8", atomic=True) as file:
-        _write(file, form, TABLES[table].columns, rows)
+    try:
+        with click.open_file(output, "w", encoding="utf-8", atomic=True) as file:
+            _write(file, form, TABLES[table].columns, rows)
+    except OSError as error:
+        raise click.FileError(output, error.strerror) from error
 
 
 def _write(
@@ -47,10 +51,16 @@ def _write(
 
 def write_csv(file: IO[str], columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
     """A header and a line for each row: nothing for null, lists with blanks between."""
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(columns)
+    file.write(_line(columns))
     for row in rows:
-        writer.writerow([_cell(row, column) for column in columns])
+        file.write(_line([_cell(row, column) for column in columns]))
+
+
+def _line(cells: Sequence[Any]) -> str:
+    """Ends in a newline alone; the module quotes a carriage return only where it ends lines so."""
+    line = io.StringIO(newline="")
+    csv.writer(line, lineterminator="\r\n").writerow(cells)
+    return line.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _cell(row: dict[str, Any], column: str) -> Any:

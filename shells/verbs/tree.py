@@ -110,8 +110,8 @@ def ls(
 
 def _prefix(path: str, root: str) -> str:
     """The keys that are meant: a root is a folder, what follows it any beginning of a name."""
-    rest = path.removeprefix(root).lstrip("/")
-    if len(rest) > PREFIX_CHARS_MAX or "//" in rest:
+    rest = path.removeprefix(root).removeprefix("/")
+    if len(rest) > PREFIX_CHARS_MAX or rest.startswith("/") or "//" in rest:
         raise click.BadParameter(f"{path!r} is no path: /globals, /globals/PREFIX or /.")
     return KEYS[root] + rest
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from textual.pilot import Pilot
 
+from manifold.kernel import places
 from manifold.shells.console.app import Console
 from manifold.shells.console.pager import Pager
 from manifold.shells.console.theme import plain
@@ -79,7 +80,7 @@ def test_it_boots_with_facts_and_runs_verbs_pipes_and_the_pager(manifold_cluster
 
     async def steps(pilot: Pilot[Any]) -> None:
         app = await attached(pilot, 3)
-        assert "nodes: 3 of 3 ready" in screen(app)
+        await until(pilot, lambda: "nodes: 3 of 3 ready" in screen(app), "the facts are seen")
         assert f"cluster {cluster.name}" in screen(app)
         await enter(pilot, "status")
         assert "3 of 3 nodes ready" in printed(app)
@@ -212,6 +213,8 @@ def test_a_read_only_console_refuses_what_changes_anything(manifold_cluster: Any
         app = await attached(pilot, 1)
         await enter(pilot, "set x 1")
         assert "this console only looks" in printed(app)
+        await enter(pilot, "ls / | set x 1")
+        assert printed(app).count("this console only looks") == 2
         await enter(pilot, "get --help")
         assert "Usage: manifold get" in printed(app)
         await enter(pilot, "node ls")
@@ -249,7 +252,7 @@ def test_a_click_chooses_a_row_and_a_click_on_a_title_sorts(manifold_cluster: An
     async def steps(pilot: Pilot[Any]) -> None:
         app = await attached(pilot, 3)
         await pilot.press("f3")
-        table = app.find("#nodes-table")
+        table = app.nodes.table
         await until(pilot, lambda: len(table.keys) == 3, "the rows are there")
         await pilot.click("#nodes-table", offset=(4, 2))
         assert table.chosen == table.keys[1]
@@ -307,3 +310,34 @@ def threading_wait(seconds: float) -> None:
     import threading
 
     threading.Event().wait(seconds)
+
+
+def test_the_log_scrolls_back_beyond_what_is_in_memory_and_follows_again(
+    manifold_cluster: Any,
+) -> None:
+    cluster = manifold_cluster(1)
+    alias = cluster.aliases[0]
+    first = "2001-01-01T00:00:00.000Z INFO     node: the first line of all"
+    folder = places.state_dir(cluster.name, alias, cluster.environ)
+    older = [
+        f"2001-01-01T00:00:{n // 100:02}.{n % 100:03}Z INFO     node: {n}" for n in range(1, 4000)
+    ]
+    (folder / "node.log.1").write_text("\n".join([first, *older]) + "\n")
+
+    async def steps(pilot: Pilot[Any]) -> None:
+        app = await attached(pilot, 1)
+        await pilot.press("f6")
+        await until(pilot, lambda: "following" in screen(app) and "boot 1" in screen(app), "lines")
+        for _ in range(6):
+            await pilot.press("home")
+            await pilot.pause(LOOK_S)
+        await until(pilot, lambda: "from the first" in screen(app), "everything was read")
+        await pilot.press("home")
+        await until(pilot, lambda: "the first line of all" in screen(app), "the oldest is seen")
+        await pilot.press("f")
+        await until(pilot, lambda: "following" in screen(app), "it follows again")
+        assert "the first line of all" not in screen(app)
+        await pilot.press("slash", *"boot", "enter")
+        await until(pilot, lambda: "with 'boot'" in screen(app), "the filter is shown")
+
+    drive(cluster.environ, steps)

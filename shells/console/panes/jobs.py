@@ -17,10 +17,6 @@ class JobsPane(ListingPane):
     """Jobs that run, and those that ended and are remembered."""
 
     columns = JOB_COLUMNS
-    hints = (
-        ("enter", "shards", "job_open"), ("w", "why", "why"), ("x", "kill", "kill"),
-        ("/", "filter", "job_filter"),
-    )  # fmt: skip
     BINDINGS: ClassVar[list[Any]] = [Binding("w", "app.why"), Binding("x,delete", "app.kill")]
 
     def rows(self) -> list[tuple[str, Row]]:

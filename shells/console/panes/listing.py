@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from textual import events, on
@@ -13,12 +13,10 @@ from textual.message import Message
 from textual.widgets import Input
 
 from manifold.shells.console.model import Model
-from manifold.shells.console.ribbon import Part
 from manifold.shells.console.theme import Line, plain
 from manifold.shells.console.view import Column, Row, Table, TextView
 
 BESIDE_COLUMNS_MIN = 150  # the table's 95 and a page of 55
-PAGE_SHARE = 0.4
 
 
 class ListingPane(Horizontal):
@@ -32,7 +30,8 @@ class ListingPane(Horizontal):
         display: block; width: 40%; border-left: solid $rule; padding: 0 1;
     }
     ListingPane.-open .page { display: block; padding: 0 1; }
-    ListingPane.-open Table { display: none; }
+    ListingPane.-open Table, ListingPane.-open .left { display: none; }
+    ListingPane .left { width: 1fr; }
     ListingPane .filter {
         display: none; dock: bottom; height: 1; border: none; padding: 0 1; background: $panel;
     }
@@ -43,7 +42,6 @@ class ListingPane(Horizontal):
         Binding("y", "copy"),
     ]  # fmt: skip
     columns: tuple[Column, ...] = ()
-    hints: tuple[tuple[str, str, str], ...] = ()  # key, label, action
 
     def __init__(self, id: str, model: Callable[[], Model], now_ms: Callable[[], int]) -> None:
         super().__init__(id=id)
@@ -51,13 +49,21 @@ class ListingPane(Horizontal):
         self.now_ms = now_ms
         self._sort: tuple[str, bool] = ("", False)
         self._filter = ""
+        # Kept by name: rows are shown also while the screen is built or taken down.
+        self.table = Table(self.columns, id=f"{id}-table")
+        self.page = TextView(id=f"{id}-page", wrap=False)
+        self.page.add_class("page")
+        self.field = Input(id=f"{id}-filter", placeholder="filter", compact=True)
+        self.field.add_class("filter")
 
     def compose(self) -> ComposeResult:
-        yield Table(self.columns, id=f"{self.id}-table")
-        yield TextView(id=f"{self.id}-page").set_class(True, "page")
-        yield Input(id=f"{self.id}-filter", placeholder="filter", compact=True).set_class(
-            True, "filter"
-        )
+        yield self.table
+        yield from self.compose_page()
+
+    def compose_page(self) -> ComposeResult:
+        """The page of a row, and the field of the filter."""
+        yield self.page
+        yield self.field
 
     # -- what a subclass says ---------------------------------------------------------------------
 
@@ -75,19 +81,11 @@ class ListingPane(Horizontal):
 
     # -- showing ----------------------------------------------------------------------------------
 
-    @property
-    def table(self) -> Table:
-        return self.query_one(Table)
-
-    @property
-    def page(self) -> TextView:
-        return self.query_one(f"#{self.id}-page", TextView)
-
     def on_mount(self) -> None:
         self.page.follow = False
 
     def focus_pane(self) -> None:
-        (self.page if self.has_class("-open") else self.table).focus()
+        self.screen.set_focus(self.page if self.opened else self.table)
 
     def update_rows(self) -> None:
         """Show what is known now; only what differs is painted."""
@@ -114,7 +112,7 @@ class ListingPane(Horizontal):
 
     def on_resize(self, event: events.Resize) -> None:
         self.set_class(event.size.width >= BESIDE_COLUMNS_MIN, "-beside")
-        self.call_after_refresh(self._show_page)
+        self.call_after_refresh(self.update_rows)
 
     @property
     def opened(self) -> bool:
@@ -168,7 +166,7 @@ class ListingPane(Horizontal):
 
     def action_back(self) -> None:
         """Close the page, or take back the filter, or go back to the shell."""
-        field = self.query_one(f"#{self.id}-filter", Input)
+        field = self.field
         if field.has_class("-shown"):
             field.value = ""
             field.remove_class("-shown")
@@ -183,7 +181,7 @@ class ListingPane(Horizontal):
             self.app.call_later(self.app.run_action, "pane('shell')")
 
     def action_filter(self) -> None:
-        field = self.query_one(f"#{self.id}-filter", Input)
+        field = self.field
         field.add_class("-shown")
         field.focus()
 
@@ -206,6 +204,3 @@ class ListingPane(Horizontal):
         )
         self.app.copy_to_clipboard(text)
         self.app.notify("copied")
-
-    def key_parts(self, keys: Sequence[tuple[str, str, str]]) -> list[Part]:
-        return [(((f" {k}", "key"), (f" {label} ", "dim")), action) for k, label, action in keys]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -35,15 +36,10 @@ class LogPane(Vertical):
     LogPane #log-state { background: $background; }
     """
     BINDINGS: ClassVar[list[Any]] = [
-        Binding("slash", "filter"), Binding("escape", "back"), Binding("f,G,end", "follow"),
-        Binding("pageup,b", "page(-1)"), Binding("pagedown,space", "page(1)"),
-        Binding("up,k", "line(-1)"), Binding("down,j", "line(1)"), Binding("g,home", "top"),
+        Binding("slash", "filter"), Binding("escape", "back"), Binding("f,G", "follow"),
+        Binding("b", "older"), Binding("space", "newer"), Binding("g", "top"),
         Binding("y", "copy"), Binding("w", "wrap"),
     ]  # fmt: skip
-    hints = (
-        ("f", "follow", "log_follow"), ("/", "filter", "log_filter"), ("PgUp", "older", "log_up"),
-        ("w", "wrap", "log_wrap"),
-    )  # fmt: skip
 
     def __init__(
         self, model: Callable[[], Model], cluster: str, environ: Mapping[str, str]
@@ -58,19 +54,17 @@ class LogPane(Vertical):
         self._exhausted = False
         self._filter = ""
         self.node = ""
-        self._count = 0
+        self.text = TextView(id="log-text", wrap=False)
+        self.field = Input(id="log-filter", placeholder="lines with", compact=True)
+        self._state = Ribbon(id="log-state", on_ground=True)
 
     def compose(self) -> ComposeResult:
-        yield Ribbon(id="log-state")
-        yield TextView(id="log-text", wrap=False)
-        yield Input(id="log-filter", placeholder="lines with", compact=True)
-
-    @property
-    def text(self) -> TextView:
-        return self.query_one("#log-text", TextView)
+        yield self._state
+        yield self.text
+        yield self.field
 
     def focus_pane(self) -> None:
-        self.text.focus()
+        self.screen.set_focus(self.text)
 
     # -- lines ------------------------------------------------------------------------------------
 
@@ -80,7 +74,6 @@ class LogPane(Vertical):
         shown = [log_line(*entry) for entry in entries if self._wanted(entry)]
         if shown and not self._paused:
             self.text.add(shown)
-        self._count += len(entries)
         self.update_rows()
 
     @property
@@ -108,14 +101,12 @@ class LogPane(Vertical):
         what = self.node or "every node"
         about = f"  {what}" + (f"  with {self._filter!r}" if self._filter else "")
         right = f"{len(self.text.lines):,} lines" + (", from the first" if self._exhausted else "")
-        self.query_one("#log-state", Ribbon).show(
+        self._state.show(
             [(((f" {state}", style), (about, "dim")), "")], [(((f"{right} ", "faint"),), "")]
         )
 
-    @work(exclusive=True, thread=False)
+    @work(exclusive=True)
     async def _older(self) -> None:
-        import asyncio
-
         if self._exhausted:
             return
         if self._backlog is None:
@@ -134,36 +125,29 @@ class LogPane(Vertical):
 
     # -- keys -------------------------------------------------------------------------------------
 
-    def _scroll(self, by: int) -> None:
-        text = self.text
-        if by < 0:
-            text.follow = False
-            if text.scroll_offset.y + by <= 0:
-                self._older()
-        text.scroll_relative(y=by, animate=False, force=True)
-        self.call_after_refresh(self.update_rows)
+    @on(TextView.Scrolled)
+    def _scrolled(self, event: TextView.Scrolled) -> None:
+        """By whatever key or wheel; at the top older lines are read."""
+        event.stop()
+        if event.view.scroll_offset.y <= 0 and not event.view.follow:
+            self._older()
+        self.update_rows()
 
-    def action_page(self, by: int) -> None:
-        self._scroll(by * max(1, self.text.size.height - 1))
+    def action_older(self) -> None:
+        self.text.action_page_up()
 
-    def action_line(self, by: int) -> None:
-        self._scroll(by)
+    def action_newer(self) -> None:
+        self.text.action_page_down()
 
     def action_top(self) -> None:
-        self._scroll(-len(self.text.lines))
+        self.text.action_scroll_home()
 
     def action_follow(self) -> None:
         self.rebuild()
 
-    def on_mouse_scroll_up(self) -> None:
-        if self.text.scroll_offset.y <= 3:
-            self._older()
-        self.call_after_refresh(self.update_rows)
-
     def action_filter(self) -> None:
-        field = self.query_one("#log-filter", Input)
-        field.add_class("-shown")
-        field.focus()
+        self.field.add_class("-shown")
+        self.field.focus()
 
     @on(Input.Changed)
     def _filtered(self, event: Input.Changed) -> None:
@@ -183,7 +167,7 @@ class LogPane(Vertical):
         self.rebuild()
 
     def action_back(self) -> None:
-        field = self.query_one("#log-filter", Input)
+        field = self.field
         if field.has_class("-shown"):
             field.remove_class("-shown")
             field.value = ""

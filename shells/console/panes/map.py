@@ -34,7 +34,6 @@ class MapPane(Widget, can_focus=True):
         Binding("escape", "app.pane('shell')"), Binding("left,up,h,k", "walk(-1)"),
         Binding("right,down,l,j", "walk(1)"), Binding("enter", "open"),
     ]  # fmt: skip
-    hints = (("arrows", "walk", "map_next"), ("enter", "open", "map_open"))
 
     class Opened(Message):
         def __init__(self, kid: str) -> None:
@@ -52,7 +51,7 @@ class MapPane(Widget, can_focus=True):
         self._timer: Timer | None = None
 
     def focus_pane(self) -> None:
-        self.focus()
+        self.screen.set_focus(self)
 
     def update_rows(self) -> None:
         """Draw what is known now; repaints the rows that differ."""
@@ -107,8 +106,9 @@ class MapPane(Widget, can_focus=True):
             if node is None:
                 continue
             share = model.share(spot.kid)
-            style = load_style(share) if node.state == "ready" else _state_style(node.state)
-            style = style if share or node.state != "ready" else "dim"
+            style = _state_style(node.state)
+            if node.state == "ready":
+                style = load_style(share) if share else "dim"
             for row, text in enumerate(disc(spot, share, node.state)):
                 pieces.setdefault(spot.y + row, []).append((spot.x, text, style))
             if spot.label:
@@ -132,7 +132,7 @@ class MapPane(Widget, can_focus=True):
             target = spots.get(move.to)
             job = model.jobs.get(move.job)
             source = spots.get(move.source or (model.name(job.owner) if job else ""))
-            if target is None or source is None:
+            if target is None or source is None or target is source:
                 continue
             (x0, y0), (x1, y1) = source.centre, target.centre
             found.append((int(x0 + (x1 - x0) * share), int(y0 + (y1 - y0) * share)))
@@ -154,7 +154,8 @@ class MapPane(Widget, can_focus=True):
 
     def _legend(self) -> Line:
         return (
-            (" ○ idle  ", "dim"), ("◒ fills with load  ", "accent"), ("◌ suspect  ", "warn"),
+            (" ○ idle  ", "dim"), ("◒ fills with load  ", "accent"), ("● full  ", "ok"),
+            ("◌ suspect  ", "warn"),
             ("✕ dead  ", "bad"), (f"{DOT} a shard moves", "other"),
         )  # fmt: skip
 
@@ -162,7 +163,7 @@ class MapPane(Widget, can_focus=True):
         look = getattr(self.app, "look", None)
         assert isinstance(look, Look)
         line = self._lines[y] if y < len(self._lines) else ()
-        return strip_of(line, self.size.width, look, self.rich_style)
+        return strip_of(line, self.size.width, look, look.ground)
 
     # -- choosing ---------------------------------------------------------------------------------
 

@@ -55,31 +55,26 @@ class ShellPane(Vertical):
 
     def __init__(self, history: History, completer: Completer) -> None:
         super().__init__(id="shell")
-        self._history = history
-        self._completer = completer
         self._offered: tuple[tuple[str, ...], int] = ((), -1)
+        # Kept by name: lines are printed also while the screen is built or taken down.
+        self.output = TextView(id="output")
+        self.prompt = Prompt(history, completer, id="prompt")
+        self.menu = Lines(id="menu")
+        self._label = Static("", id="prompt-label")
 
     def compose(self) -> ComposeResult:
-        yield TextView(id="output")
+        yield self.output
         with Horizontal(id="prompt-row"):
-            yield Static("", id="prompt-label")
-            yield Prompt(self._history, self._completer, id="prompt")
-        yield Lines(id="menu")
+            yield self._label
+            yield self.prompt
+        yield self.menu
         yield Vertical(classes="rest")
-
-    @property
-    def output(self) -> TextView:
-        return self.query_one("#output", TextView)
-
-    @property
-    def prompt(self) -> Prompt:
-        return self.query_one("#prompt", Prompt)
 
     def on_mount(self) -> None:
         self.output.can_focus = False
 
     def focus_pane(self) -> None:
-        self.prompt.focus()
+        self.screen.set_focus(self.prompt)
 
     # -- printing ---------------------------------------------------------------------------------
 
@@ -95,8 +90,7 @@ class ShellPane(Vertical):
 
     def fit(self) -> None:
         """As high as what was printed, as far as there is room."""
-        menu = self.query_one("#menu", Lines)
-        room = self.size.height - 1 - (self._menu_rows() if menu.display else 0)
+        room = self.size.height - 1 - (self._menu_rows() if self.menu.display else 0)
         height = max(0, min(self.output.row_count, room))
         if self.output.styles.height is None or self.output.styles.height.value != height:
             self.output.styles.height = height
@@ -111,7 +105,7 @@ class ShellPane(Vertical):
 
         look = getattr(self.app, "look")  # noqa: B009
         text = Text.assemble(*((part, look.style(style)) for part, style in spans))
-        self.query_one("#prompt-label", Static).update(text)
+        self._label.update(text)
 
     # -- the menu of completion -------------------------------------------------------------------
 
@@ -129,7 +123,7 @@ class ShellPane(Vertical):
 
     def _draw_menu(self) -> None:
         candidates, at = self._offered
-        self.query_one("#menu", Lines).show(menu_lines(candidates, at, self.size.width))
+        self.menu.show(menu_lines(candidates, at, self.size.width))
 
     @on(Prompt.Scroll)
     def _scroll(self, event: Prompt.Scroll) -> None:
