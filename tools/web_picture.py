@@ -14,7 +14,7 @@ from pathlib import Path
 
 from manifold.shells.web.server import Served, WebServer
 from manifold.shells.web.verbs import console
-from manifold.tools.browser import Browser
+from manifold.tools.browser import SCREEN, Browser
 from manifold.tools.emulator.testing import TestCluster
 
 NODES = 8
@@ -43,6 +43,7 @@ async def take(served: Served, target: Path) -> None:
                 await browser.type(line)
                 await browser.press("Enter")
                 await browser.wait_for(answer)
+                await browser.wait_until(f"/^ ?{NAME} ❯ *$/m.test({SCREEN})")
             await browser.picture(target)
     finally:
         await server.stop()

@@ -60,7 +60,6 @@ class Console(App[int]):
 
     TITLE = "manifold"
     CSS = """
-    Screen { background: $background; layers: base; }
     ContentSwitcher { height: 1fr; }
     #banner { display: none; }
     CommandPalette SearchIcon { display: none; }
@@ -98,7 +97,6 @@ class Console(App[int]):
         self.cluster = cluster
         self.read_only = read_only
         self.model = Model()
-        self.first_pane = pane
         self.runner = Runner(self._environ_of)
         self.entering = Entering(self, self.runner, cluster, read_only=read_only)
         self.feed: Feed | None = None
@@ -153,7 +151,11 @@ class Console(App[int]):
             self.shell.print([((self.history.trouble, "warn"),)])
         self.start_source()
         self.set_interval(TICK_S, self.tick)
-        self.call_after_refresh(self.action_pane, self.first_pane)
+        self.call_after_refresh(self._begin)
+
+    def _begin(self) -> None:
+        """The first pane, or the one that a fast key has asked for meanwhile, has the keys."""
+        self.action_pane(self.pane)
 
     def start_source(self) -> None:
         """Begin to look at the cluster."""
@@ -208,6 +210,8 @@ class Console(App[int]):
         shown = self.panes[self.pane]
         if isinstance(shown, NodesPane | JobsPane | MapPane):
             shown.update_rows()
+        elif isinstance(shown, ShellPane):
+            shown.fit()
         self.show_keys()
 
     def show_banner(self) -> None:

@@ -60,11 +60,6 @@ def age(milliseconds: float) -> str:
     return f"{seconds // 86400}d{seconds % 86400 // 3600:02}h"
 
 
-def cut(text: str, width: int) -> str:
-    """`text`, with an ellipsis where it is wider."""
-    return text if len(text) <= width else text[: max(0, width - 1)] + "…"
-
-
 def coarse(milliseconds: float) -> str:
     """As `age`, but minutes change only once a minute: for what stands in a table for long."""
     text = age(milliseconds)

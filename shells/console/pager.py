@@ -54,7 +54,7 @@ class Pager(ModalScreen[None]):
 
     def on_mount(self) -> None:
         self.text.follow = False
-        self.text.show(self._first)
+        self.text.show([*self._first, *self.text.lines])  # some may have come already
         self.text.focus()
         self.tell()
 

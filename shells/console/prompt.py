@@ -31,6 +31,7 @@ class Prompt(Input):
     DEFAULT_CSS = """
     Prompt, Prompt:focus {
         border: none; padding: 0; height: 1; background: $background; width: 1fr;
+        background-tint: transparent;
     }
     Prompt .input--suggestion { color: $faint; }
     """

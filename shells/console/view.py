@@ -50,7 +50,10 @@ class TextView(ScrollView, can_focus=True):
 
     ALLOW_SELECT = True
     DEFAULT_CSS = """
-    TextView { background: $background; scrollbar-size-vertical: 1; overflow-x: hidden; }
+    TextView {
+        background: $background; scrollbar-size-vertical: 1; overflow-x: hidden;
+        scrollbar-gutter: stable;
+    }
     """
 
     @dataclass

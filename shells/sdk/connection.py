@@ -58,6 +58,8 @@ class Connection:
         self._node = node
         self._address = ""
         self.closed = False
+        self._leaving = False
+        self.on_leave: list[Callable[[], None]] = []  # called before the thread goes
         self._lock = threading.Lock()
         self.attached: Welcome | None = None
         self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
@@ -109,6 +111,8 @@ class Connection:
             "Start it with `manifold up`, or name another with --cluster.",
         )
         for address in candidates:
+            if self._leaving:
+                raise Unavailable("This client was closed meanwhile.", "Connect again.")
             hello = Hello(VERSION, self.cluster, self.identity, os.getpid(), self._address)
             try:
                 welcome = await asyncio.to_thread(knock, address, hello, DOOR_TIMEOUT_MS)
@@ -213,6 +217,9 @@ class Connection:
         self.loop.close()
 
     async def _leave(self) -> None:
+        self._leaving = True
+        for tell in self.on_leave:
+            tell()
         await self.loop.shutdown_default_executor()
         if not hasattr(self, "bus"):
             return

@@ -84,6 +84,15 @@ class Session:
         if not self.gone.done():
             self.gone.set_result(fate)
 
+    def stop(self) -> None:
+        """The client leaves: nobody looks after the node any more."""
+        self.end(Fate.SILENT)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._looking is not None:
+            self._looking.cancel()
+
     # -- is it there? -----------------------------------------------------------------------------
 
     def guard(self) -> None:
@@ -144,6 +153,11 @@ class Sessions:
         self._connection = connection
         self._session: Session | None = None
         self._lock = asyncio.Lock()
+        connection.on_leave.append(self._stop)
+
+    def _stop(self) -> None:
+        if self._session is not None:
+            self._session.stop()
 
     async def current(self, deadline_s: float) -> Session:
         """The session with a node that answers; `NoCluster` where none does until then."""

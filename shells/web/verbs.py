@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -73,9 +74,11 @@ async def _until_stopped(server: WebServer, opens: bool, as_json: bool) -> None:
             click.echo(f"open  {server.address}")
             click.echo("      It is for you alone: whoever has it has the console. Ctrl-C ends it.")
         sys.stdout.flush()
-        with tempfile.TemporaryDirectory(prefix="manifold-web-") as folder:
+        with contextlib.ExitStack() as until_stopped:
             if opens:
-                await asyncio.to_thread(_open, server.address, Path(folder))
+                folder = tempfile.TemporaryDirectory(prefix="manifold-web-")
+                path = Path(until_stopped.enter_context(folder))
+                await asyncio.to_thread(_open, server.address, path)
             await stopped.wait()
     finally:
         await server.stop()

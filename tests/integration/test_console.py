@@ -80,7 +80,7 @@ def test_it_boots_with_facts_and_runs_verbs_pipes_and_the_pager(manifold_cluster
 
     async def steps(pilot: Pilot[Any]) -> None:
         app = await attached(pilot, 3)
-        assert "nodes: 3 of 3 ready" in screen(app)
+        await until(pilot, lambda: "nodes: 3 of 3 ready" in screen(app), "the facts are seen")
         assert f"cluster {cluster.name}" in screen(app)
         await enter(pilot, "status")
         assert "3 of 3 nodes ready" in printed(app)
@@ -213,6 +213,8 @@ def test_a_read_only_console_refuses_what_changes_anything(manifold_cluster: Any
         app = await attached(pilot, 1)
         await enter(pilot, "set x 1")
         assert "this console only looks" in printed(app)
+        await enter(pilot, "ls / | set x 1")
+        assert printed(app).count("this console only looks") == 2
         await enter(pilot, "get --help")
         assert "Usage: manifold get" in printed(app)
         await enter(pilot, "node ls")

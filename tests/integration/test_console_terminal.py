@@ -25,16 +25,23 @@ class Terminal:
         self._socket = str(folder / "tmux")
         self._environ = environ
 
-    def tmux(self, *arguments: str) -> str:
-        done = subprocess.run(
+    def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
             ["tmux", "-S", self._socket, "-f", "/dev/null", *arguments],
-            env=self._environ, capture_output=True, text=True, check=True,
+            env=self._environ, capture_output=True, text=True,
         )  # fmt: skip
+
+    def tmux(self, *arguments: str) -> str:
+        done = self._run(*arguments)
+        assert done.returncode == 0, f"tmux {arguments}: {done.stderr}"
         return done.stdout
 
     def start(self, *command: str) -> None:
-        self.tmux("new-session", "-d", "-x", "80", "-y", "24", *command)
-        self.tmux("set-option", "remain-on-exit", "on")
+        # In one call: a server without a session ends, and may do so between two.
+        self.tmux(
+            "new-session", "-d", "-x", "80", "-y", "24", *command,
+            ";", "set-option", "remain-on-exit", "on",
+        )  # fmt: skip
 
     def keys(self, *keys: str) -> None:
         self.tmux("send-keys", *keys)

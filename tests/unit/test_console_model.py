@@ -293,7 +293,8 @@ def test_completion_knows_verbs_options_nodes_jobs_and_files(tmp_path: Path) -> 
 
 def test_a_console_that_looks_knows_what_changes() -> None:
     assert changes(["kill", "J-1"]) and changes(["nexus", "init", "a"])
-    assert not changes(["node", "ls"]) and not changes(["kill", "--help"])
+    assert changes(["a-verb-of-tomorrow"]) and changes(["node", "drain", "a"])
+    assert not changes(["node", "ls", "--json"]) and not changes(["kill", "--help"])
 
 
 # -- logs and recordings --------------------------------------------------------------------------
