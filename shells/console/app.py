@@ -208,10 +208,10 @@ class Console(App[int]):
         self.bar.show(*status_bar(self.model, self.pane, width, read_only=self.read_only))
         self.show_banner()
         shown = self.panes[self.pane]
-        if isinstance(shown, NodesPane | JobsPane | MapPane):
-            shown.update_rows()
-        elif isinstance(shown, ShellPane):
+        if isinstance(shown, ShellPane):
             shown.fit()
+        else:
+            shown.update_rows()
         self.show_keys()
 
     def show_banner(self) -> None:

@@ -100,7 +100,10 @@ class LogPane(Vertical):
         style = "ok" if self.text.follow else "warn"
         what = self.node or "every node"
         about = f"  {what}" + (f"  with {self._filter!r}" if self._filter else "")
-        right = f"{len(self.text.lines):,} lines" + (", from the first" if self._exhausted else "")
+        count = len(self.text.lines)
+        right = (f"{count:,} lines" if count else "no line yet") + (
+            ", from the first" if self._exhausted else ""
+        )
         self._state.show(
             [(((f" {state}", style), (about, "dim")), "")], [(((f"{right} ", "faint"),), "")]
         )
