@@ -193,7 +193,9 @@ class Acceptor:
         self._persist_row(message.key, Send(source, reply))
 
     def _refuse(self, source: Kid, rid: int, key: str, row: Row) -> None:
-        self._persist_row(key, Send(source, Nack(rid, max(row.promised, row.accepted))))
+        floor = self.floors[shard_of(key)] if row.accepted == ZERO else ZERO
+        most = max(row.promised, row.accepted, floor)  # all that it has to be above
+        self._persist_row(key, Send(source, Nack(rid, most)))
 
     def _accept(self, source: Kid, message: Accept) -> None:
         row, ballot = self._row(message.key), message.ballot

@@ -21,6 +21,7 @@ Difference: a ballot is burnt by any Accept, not only by a conflict (see docs/ne
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -180,6 +181,7 @@ class Proposer:
             self._send(register, begun)
         elif not begun.everywhere:
             begun.asked = self._thrift.few(register.key, config) or begun.kids
+            self._thrift.begun(begun.rid)
         self._watch_over(register, begun)
         return begun
 
@@ -195,7 +197,7 @@ class Proposer:
 
         def hedge(_now_ms: float) -> None:
             if self._rounds.get(rid) is register:
-                self._context.later(max(0.0, timeout_ms - hedge_ms), late)
+                self._context.later(timeout_ms - hedge_ms, late)
                 if begun.asked is not begun.kids:
                     for kid in begun.missing():
                         self._thrift.silent(kid)
@@ -208,25 +210,23 @@ class Proposer:
         if begun.asked is begun.kids:
             self._context.later(timeout_ms, late)
         else:
-            hedge_ms = min(self._thrift.hedge_ms(), timeout_ms)
+            hedge_ms = min(self._thrift.hedge_ms(), timeout_ms / 2)
             self._context.later(hedge_ms, hedge)
 
-    def _ask_the_spared(self, register: Register, begun: Round) -> bool:
-        """Whether there were any."""
+    def _ask_the_spared(self, register: Register, begun: Round) -> None:
         spared = begun.spared()
         if spared:
-            begun.asked = begun.kids
+            begun.asked, begun.spared_ms = begun.kids, self._context.now_ms
             self._send(register, begun, spared)
-        return bool(spared)
 
     def _in_vain(self, register: Register, begun: Round, *, wait: bool = True) -> None:
         """A quorum has spoken, and it is not enough: who is left gets a moment, not a timeout."""
         if begun.grace or not begun.in_vain:
             return
         begun.grace = True
-        grace_ms = self._context.grace_ms()
-        if self._ask_the_spared(register, begun):  # they begin only now
-            grace_ms += self._context.rounds.mean_ms
+        self._ask_the_spared(register, begun)
+        began_ms = begun.spared_ms + self._context.rounds.mean_ms  # of those who began later
+        grace_ms = max(0.0, began_ms - self._context.now_ms) + self._context.grace_ms()
         rid = begun.rid
 
         def over(_now_ms: float) -> None:
@@ -257,6 +257,8 @@ class Proposer:
             self._stale(source, message, register, begun)
             return
         if register is None or begun is None or source not in begun.kids:
+            if isinstance(message, Accepted):
+                self._thrift.heard_late(source, message.rid)
             return
         match message:
             case Promise() if begun.phase is Phase.PREPARE:
@@ -271,7 +273,8 @@ class Proposer:
                     self._read(register, begun)
             case Accepted() if begun.phase is Phase.ACCEPT:
                 begun.promised[source] = message.promised
-                self._thrift.heard(source)
+                if not math.isfinite(begun.spared_ms):
+                    self._thrift.heard(source, self._context.now_ms - begun.sent_ms)
                 if begun.enough(begun.promised):
                     self._chosen(register, begun)
                 else:
@@ -351,7 +354,8 @@ class Proposer:
         self._leave_out(register.key, begun, begun.value)
         follower = following(begun.ballot)
         kept = {kid: None for kid, promised in begun.promised.items() if promised == follower}
-        if begun.config.quorum(kept) and not everywhere:
+        ahead = register.highest <= follower  # else somebody would refuse it again and again
+        if ahead and begun.config.quorum(kept) and not everywhere:
             register.cache = Cache(follower, begun.value, begun.config.epoch)
             register.n = max(register.n, follower.n)
         if everywhere and not begun.config.joint and begun.value.dead:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from enum import Enum
 
+import msgspec
+
 from manifold.kernel.nexus.ballots import ZERO, Ballot
 from manifold.kernel.nexus.configs import Config
 from manifold.kernel.nexus.messages import Promise, ReadReply
@@ -71,6 +73,7 @@ class Round:
     ballot: Ballot
     batch: list[Operation]
     sent_ms: float
+    spared_ms: float = float("-inf")  # when those were asked who were not asked at first
     heard: dict[Kid, Heard] = field(default_factory=dict)
     promised: dict[Kid, Ballot] = field(default_factory=dict)  # by those who accepted
     refused: dict[Kid, Ballot] = field(default_factory=dict)
@@ -134,12 +137,18 @@ class Round:
         return max(reply.floor for reply in self.heard.values())
 
     def present(self) -> Value:
-        """What to change: V3. A tombstone that somebody has dropped counts on from his floor, which
-        is then not below its ballot; so does a register without a record. A floor below it came
-        from something else, such as a promise: the tombstone still knows what was done."""
+        """What to change: V3. A tombstone that somebody may have dropped, whose floor is then not
+        below its ballot, counts on from that floor; so does a register without a record.
+
+        Floors are of a shard: another key may have raised it. So what cannot be won back is kept,
+        which are the marks; a ring that is lost costs no more than a `maybe` (V2).
+        """
         latest, floor = self.latest(), self.floor()
-        gone = latest.value is None or (latest.value.dead and latest.accepted <= floor)
-        return absent(floor) if gone or latest.value is None else latest.value
+        if latest.value is None:
+            return absent(floor)
+        if latest.value.dead and latest.accepted <= floor:
+            return msgspec.structs.replace(absent(floor), marks=latest.value.marks)
+        return latest.value
 
     def told(self) -> Value:
         """What to answer where nothing is proposed: no stamp that a later value could be below.

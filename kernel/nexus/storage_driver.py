@@ -45,8 +45,8 @@ BATCH_BYTES = BATCH_BYTES_MAX // 2
 # of hardly more than one record: with more to do than to wait for one client, the thread is better.
 LOOP_S = 0.0005
 LOOP_RECORDS = 1.3
-# The average forgets: a stray slow sync of 5 ms is passed over (0.2 + 5/16 = 0.51 ms, and a few
-# later it is below again), of a disk that has become slow the second is in the thread.
+# A stray slow sync of 5 ms is passed over (of 0.1 it makes 0.41 ms); of a disk that takes 5 ms now
+# the third is in the thread.
 AVERAGED = 16
 UNKNOWN_S = 0.05  # before the first sync: after some 75 fast ones the loop does it itself
 

@@ -6,12 +6,15 @@ it where we vote; whoever does not answer in time is passed over for a while, an
 asked. What was chosen without somebody is told him `behind_ms` later, the latest value of a key
 once. Until then he knows less, as after a lost message.
 
-Interface: `few(key, config)` says who is asked first, None for everybody; `silent(kid)` and
-`heard(kid)` who is to be passed over; `chosen(…)` notes who was left out, `caught_up(key)` that
-nobody is any more.
+Now and then a round asks everybody, so that it is known how fast each of them is.
+
+Interface: `few(key, config)` says who is asked first, None for everybody, and `begun(rid)` which
+round that was; `silent(kid)`, `heard(kid, took_ms)` and `heard_late(kid, rid)` tell who is to be
+passed over; `chosen(…)` notes who was left out, `caught_up(key)` that nobody is any more.
 Invariants:
   T1  it only delays messages, as a network may: safety does not depend on anything here;
-  T2  at most BEHIND_MAX keys are noted; the oldest is told at once to make room.
+  T2  at most BEHIND_MAX keys are noted; the oldest is told at once to make room. At most TELL_MAX
+      are told in one event, so that a peer's queue takes them.
 Source: Moraru et al., "There Is More Consensus in Egalitarian Parliaments" (2013), section 6.2
 (thrifty); Dean and Barroso, "The Tail at Scale" (2013), hedged requests.
 """
@@ -19,17 +22,21 @@ Source: Moraru et al., "There Is More Consensus in Egalitarian Parliaments" (201
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 
 from manifold.kernel import rendezvous
 from manifold.kernel.nexus.ballots import Ballot
 from manifold.kernel.nexus.configs import Config
-from manifold.kernel.nexus.context import Context
+from manifold.kernel.nexus.context import Context, Pace
 from manifold.kernel.nexus.messages import Accept
 from manifold.kernel.nexus.values import Value
 from manifold.vm.kid import Kid
 
 HEDGE_MS_MIN = 2.0  # a local round trip with two syncs, twice
-BEHIND_MAX = 1024  # keys; their values are in the proposer's caches in any case
+PROBE_MS = 1000.0  # a round to everybody so often, while there are rounds
+BEHIND_MAX = 256  # keys; a value has at most 165 KiB: 42 MiB
+TELL_MAX = 32  # keys in one event: 5.3 MiB of the 8 MiB that a peer's queue takes
+TELL_GAP_MS = 5.0  # between two such events; the queue has left by then
 CHOICES_MAX = 16_384  # as many keys as the proposer holds registers
 
 
@@ -57,6 +64,10 @@ class Thrift:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._passed: dict[Kid, Passed] = {}
+        self._paces: dict[Kid, Pace] = {}  # of those that were asked first
+        self._probe_at_ms = float("-inf")
+        self._probes = False  # the round that begins asks everybody, to see
+        self._probe = (0, 0.0)  # the number of such a round, and when it began
         self._choices: dict[str, tuple[Kid, ...] | None] = {}
         self._epoch = 0
         self._behind: dict[str, Left] = {}
@@ -68,16 +79,30 @@ class Thrift:
         """A quorum of `config` to ask for this key; None where everybody has to be asked."""
         if config.joint:
             return None
+        if config.epoch != self._epoch:
+            self._epoch = config.epoch
+            self._choices.clear()
+            self._passed.clear()
+            self._paces.clear()
+            self._probe_at_ms = float("-inf")
+        if self._context.now_ms >= self._probe_at_ms:
+            self._probe_at_ms = self._context.now_ms + PROBE_MS
+            self._probes = True
+            return None
         if self._passed:
             now_ms = self._context.now_ms
             quick = [kid for kid in config.kids() if not self._is_passed(kid, now_ms)]
             return self._choose(key, config, quick)
-        if config.epoch != self._epoch or len(self._choices) >= CHOICES_MAX:
-            self._epoch = config.epoch
+        if len(self._choices) >= CHOICES_MAX:
             self._choices.clear()
         if key not in self._choices:
             self._choices[key] = self._choose(key, config, config.kids())
         return self._choices[key]
+
+    def begun(self, rid: int) -> None:
+        """The round that `few` was asked for has this number."""
+        if self._probes:
+            self._probes, self._probe = False, (rid, self._context.now_ms)
 
     def _is_passed(self, kid: Kid, now_ms: float) -> bool:
         passed = self._passed.get(kid)
@@ -98,9 +123,10 @@ class Thrift:
         return tuple(few) if len(few) < len(config.new) else None
 
     def hedge_ms(self) -> float:
-        """How long those that were asked have, before the others are asked as well."""
-        rounds = self._context.rounds
-        return max(HEDGE_MS_MIN, rounds.mean_ms + 4 * rounds.deviation_ms)
+        """How long those that were asked have, before the others are asked as well: what the
+        fastest voter needs, so that a slow one is noticed however long it has been slow."""
+        paces = self._paces.values() or (self._context.rounds,)
+        return max(HEDGE_MS_MIN, min(pace.mean_ms + 4 * pace.deviation_ms for pace in paces))
 
     def silent(self, kid: Kid) -> None:
         """It did not answer in time: others are asked first for a while, each time for longer."""
@@ -112,11 +138,25 @@ class Thrift:
             passed.until_ms = now_ms + passed.span_ms
             passed.span_ms = min(2 * passed.span_ms, timing.doubt_most_ms)
 
-    def heard(self, kid: Kid) -> None:
-        """It answers, after the time for which it was passed over: it is as good as the others."""
+    def heard(self, kid: Kid, took_ms: float) -> None:
+        """It was asked first, and has answered: after the time for which it was passed over it is
+        as good as the others."""
+        if kid == self._context.me:
+            return
+        pace = self._paces.get(kid)
+        if pace is None:
+            self._paces[kid] = Pace(took_ms, took_ms / 2)
+        else:
+            pace.took(took_ms)
         passed = self._passed.get(kid)
         if passed is not None and self._context.now_ms >= passed.until_ms:
             del self._passed[kid]
+
+    def heard_late(self, kid: Kid, rid: int) -> None:
+        """It has answered a round that was over."""
+        number, began_ms = self._probe
+        if rid == number:
+            self.heard(kid, self._context.now_ms - began_ms)
 
     # -- who was left out -------------------------------------------------------------------------
 
@@ -133,9 +173,11 @@ class Thrift:
         self._behind.pop(key, None)
 
     def _tell_all(self, _now_ms: float) -> None:
-        self._telling = False
-        for key in list(self._behind):
+        for key in list(islice(self._behind, TELL_MAX)):
             self._tell(key)
+        self._telling = bool(self._behind)
+        if self._telling:
+            self._context.later(TELL_GAP_MS, self._tell_all)
 
     def _tell(self, key: str) -> None:
         left = self._behind.pop(key)

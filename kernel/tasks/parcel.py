@@ -78,7 +78,16 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, (type, types.FunctionType)):
             by_value(obj.__module__)
+        elif isinstance(obj, types.CodeType):  # from 3.1.3 on it leaves the file's name out
+            make, parts = self.dispatch_table[types.CodeType](obj)
+            return _code_of_file, (make, parts, obj.co_filename)
         return super().reducer_override(obj)
+
+
+def _code_of_file(make: Any, parts: tuple[Any, ...], name: str) -> types.CodeType:
+    """So that tracebacks of a call say where its function stands."""
+    code: types.CodeType = make(*parts)
+    return code.replace(co_filename=name)
 
 
 def dumps(value: Any) -> bytes:

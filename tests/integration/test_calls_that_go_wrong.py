@@ -141,6 +141,8 @@ def test_results_that_are_fetched_while_the_job_ends_go_to_their_own_calls() -> 
             self.some(first, results)
 
     class Connection:
+        cluster = "none"
+
         def __init__(self) -> None:
             self.loop = asyncio.get_running_loop()
             self.asked: list[asyncio.Future[Any]] = []

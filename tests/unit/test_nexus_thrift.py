@@ -9,9 +9,9 @@ from manifold.kernel.effects import Send
 from manifold.kernel.nexus.ballots import Ballot
 from manifold.kernel.nexus.configs import Voter, first_config
 from manifold.kernel.nexus.context import Context, Timing
-from manifold.kernel.nexus.messages import Accept, Initialise, Operate
+from manifold.kernel.nexus.messages import Accept, Operate
 from manifold.kernel.nexus.protocol import Nexus
-from manifold.kernel.nexus.thrift import BEHIND_MAX, Left, Thrift
+from manifold.kernel.nexus.thrift import BEHIND_MAX, TELL_GAP_MS, TELL_MAX, Left, Thrift
 from manifold.kernel.nexus.values import Get, Put, Value
 from manifold.tools.simulator.faults import Faults
 from manifold.tools.simulator.nexus import Harness, Plan
@@ -24,8 +24,12 @@ TIMING = Timing(doubt_ms=100.0, doubt_most_ms=400.0, behind_ms=50.0)
 
 
 def thrift(me: Kid = KIDS[0]) -> tuple[Thrift, Context]:
+    """Its first round has asked everybody, and so has one each second since."""
     context = Context(me, 1, 1, Random(1), TIMING)
-    return Thrift(context), context
+    asks = Thrift(context)
+    assert asks.few("k", THREE) is None
+    asks.begun(1)
+    return asks, context
 
 
 def sent(context: Context, at_ms: float) -> list[Send]:
@@ -46,6 +50,7 @@ def left(number: int, *kids: Kid) -> Left:
 def test_a_voter_asks_itself_and_who_is_missing_for_a_quorum() -> None:
     asks, _ = thrift()
     for config, size in ((THREE, 2), (FIVE, 3)):
+        asks.few("k", config)
         few = asks.few("k", config)
         assert few is not None and few[0] == KIDS[0] and len({*few}) == size
         assert config.quorum(few)
@@ -62,7 +67,8 @@ def test_keys_are_dealt_to_all_voters_also_by_who_does_not_vote() -> None:
 def test_everybody_is_asked_while_voters_change() -> None:
     asks, _ = thrift()
     joint = THREE.toward([Voter(kid, 7) for kid in KIDS[1:4]])
-    assert asks.few("k", joint) is None
+    assert [asks.few("k", joint) for _ in range(3)] == [None] * 3
+    assert asks.few("k", joint.settled()) is None, "it does not know them yet"
     assert asks.few("k", joint.settled()) is not None
 
 
@@ -75,22 +81,51 @@ def test_who_is_silent_is_passed_over_for_longer_and_longer_until_it_answers() -
     for _ in range(4):
         asks.silent(first)
         begun_ms = context.now_ms
-        while asks.few("k", THREE) == (KIDS[0], second):
+        while chosen(asks) == (KIDS[0], second):
             context.now_ms += 10.0
-        assert asks.few("k", THREE) == (KIDS[0], first), "it has another try"
+        assert chosen(asks) == (KIDS[0], first), "it has another try"
         spans.append(context.now_ms - begun_ms)
     assert spans == [100.0, 200.0, 400.0, 400.0]
-    asks.heard(first)
+    asks.heard(first, 1.0)
     asks.silent(first)
     context.now_ms += 100.0
-    assert asks.few("k", THREE) == (KIDS[0], first), "it began anew"
+    assert chosen(asks) == (KIDS[0], first), "it began anew"
+
+
+def chosen(asks: Thrift) -> tuple[Kid, ...] | None:
+    """Whom a round asks that is not one of those that ask everybody, to see."""
+    return asks.few("k", THREE) or asks.few("k", THREE)
+
+
+def test_once_a_second_everybody_is_asked_so_that_each_pace_is_known() -> None:
+    asks, context = thrift()
+    everybody = []
+    for _ in range(3000):
+        context.now_ms += 1.0
+        if asks.few("k", THREE) is None:
+            everybody.append(context.now_ms)
+    assert everybody == [1000.0, 2000.0, 3000.0]
+
+
+def test_the_others_are_asked_as_soon_as_the_fastest_would_have_answered() -> None:
+    asks, context = thrift()
+    context.now_ms = 1.0
+    asks.heard(KIDS[1], 1.0)
+    context.now_ms = 30.0
+    asks.heard_late(KIDS[2], 99)  # of no round that asked everybody
+    assert asks.hedge_ms() == 3.0
+    asks.heard_late(KIDS[2], 1)  # slow from the beginning, and still no measure for itself
+    assert asks.hedge_ms() == 3.0
+    for _ in range(50):
+        asks.heard(KIDS[1], 40.0)
+    assert asks.hedge_ms() > 30.0, "all of them are slow"
 
 
 def test_where_too_many_are_silent_everybody_is_asked() -> None:
     asks, _ = thrift()
     asks.silent(KIDS[1])
     asks.silent(KIDS[2])
-    assert asks.few("k", THREE) is None
+    assert [asks.few("k", THREE) for _ in range(3)] == [None] * 3
 
 
 # -- who was left out -----------------------------------------------------------------------------
@@ -119,7 +154,15 @@ def test_what_is_noted_is_bounded_and_the_oldest_is_told_at_once() -> None:
     for number in range(BEHIND_MAX + 3):
         asks.chosen(f"k{number}", left(1, KIDS[2]))
     assert [send.message.key for send in sent(context, 0.0)] == ["k0", "k1", "k2"]  # type: ignore[attr-defined]
-    assert len(sent(context, 50.0)) == BEHIND_MAX
+    portions = []
+    while told := sent(context, context.now_ms + TELL_GAP_MS):
+        portions.append(len(told))
+        assert len(portions) < 100
+    assert not portions, "not before their time"
+    context.now_ms = 45.0
+    while told := sent(context, context.now_ms + TELL_GAP_MS):
+        portions.append(len(told))
+    assert sum(portions) == BEHIND_MAX and max(portions) == TELL_MAX, "as much as a queue takes"
 
 
 # -- in a cluster ---------------------------------------------------------------------------------
@@ -134,7 +177,7 @@ def test_every_voter_has_a_value_soon_after_it_was_chosen_and_nobody_is_asked_tw
     harness.begin()
     node = harness.world.nodes[0]
     told: list[object] = []
-    for number in range(10):
+    for number in range(10):  # the first of them asks everybody, to see
         harness.ask(node, Operate(f"p{number}", "a", Put(number)), lambda _h, a: told.append(a))
         assert harness.world.run_until(lambda n=number: len(told) > n, 1000.0, 0.2) is not None
     behind = [each for each in harness.world.nodes if _holds(each) != 9]
@@ -149,10 +192,3 @@ def test_every_voter_has_a_value_soon_after_it_was_chosen_and_nobody_is_asked_tw
 def _holds(node: object) -> object:
     row = node.machine.acceptor.rows.get("a")  # type: ignore[attr-defined]
     return row.value.data if row is not None and row.value is not None else None
-
-
-def test_initialising_needs_everybody_and_is_not_thrifty() -> None:
-    node = Nexus(KIDS[0], 1, {}, Random(1), Timing())
-    node.start(0.0)
-    effects = node.request(1, Initialise(KIDS[:3], 1000.0), 0.0)
-    assert {effect.to for effect in effects if isinstance(effect, Send)} == {*KIDS[:3]}
