@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from manifold.kernel.scheduler.messages import Reduction
 from manifold.shells.sdk.client import Client, Number
 from manifold.shells.sdk.future import Future
-from manifold.shells.sdk.mapping import map_futures, reduce_futures
+from manifold.shells.sdk.mapping import Joined, map_futures, reduce_futures
 
 if TYPE_CHECKING:
     from manifold.shells.sdk.globals_aio import AsyncGlobals
@@ -93,7 +94,7 @@ class AsyncClient:
         timeout_s: float | None = None,
     ) -> list[Any]:
         prepare = functools.partial(map_futures, self.client, function, iterables, chunksize)
-        futures, join = await asyncio.to_thread(prepare)
+        futures, join = await _begun(prepare)
         found: list[Any] = join(await _all(futures, timeout_s))
         return found
 
@@ -106,9 +107,48 @@ class AsyncClient:
         timeout_s: float | None = None,
     ) -> Any:
         prepare = functools.partial(reduce_futures, self.client, function, items, chunksize)
-        futures, join = await asyncio.to_thread(prepare)
+        futures, join = await _begun(prepare)
         found: list[Any] = join(await _all(futures, timeout_s))
         return found
+
+
+class Beginning:
+    """Calls that a thread begins, which may be given up before it has begun them all."""
+
+    def __init__(self, begin: Callable[[], Joined]) -> None:
+        self._begin = begin
+        self._lock = threading.Lock()
+        self._futures: Sequence[Future] = ()
+        self._given_up = False
+
+    def run(self) -> Joined:
+        """In the thread."""
+        joined = self._begin()
+        with self._lock:
+            self._futures = joined[0]
+            given_up = self._given_up
+        if given_up:
+            self._cancel()
+        return joined
+
+    def give_up(self) -> None:
+        """Nobody waits for them: what has begun ends, and so does what is begun yet."""
+        with self._lock:
+            self._given_up = True
+        self._cancel()
+
+    def _cancel(self) -> None:
+        for future in self._futures:
+            future.cancel()
+
+
+async def _begun(begin: Callable[[], Joined]) -> Joined:
+    beginning = Beginning(begin)
+    try:
+        return await asyncio.to_thread(beginning.run)
+    except asyncio.CancelledError:
+        beginning.give_up()
+        raise
 
 
 async def _all(futures: Sequence[Future], timeout_s: float | None) -> list[Any]:

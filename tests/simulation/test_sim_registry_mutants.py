@@ -78,7 +78,7 @@ def shows_what_it_means_to_write(patch: Patch) -> None:
 
 
 PLANTED: list[tuple[Plant, int]] = [
-    (writes_without_comparing, 20),
+    (writes_without_comparing, 60),
     (retires_at_once, 5),
     (releases_the_aliases_of_the_dead, 5),
     (gives_an_alias_to_everybody_who_wants_it, 20),
