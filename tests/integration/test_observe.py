@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -218,6 +219,38 @@ def test_hostile_requests_to_a_real_node_end_nothing(manifold_cluster: Start) ->
     found = client.metrics("", "families")
     assert value(found, "manifold_log_messages_total", level="critical") == 0
     assert value(found, "manifold_process_open_fds") < 200
+
+
+def test_a_node_without_a_descriptor_left_tells_what_it_can_and_lives(
+    manifold_cluster: Start,
+) -> None:
+    cluster = manifold_cluster(1)
+    client = cluster.client()
+    (alias,) = cluster.aliases
+    pid, address = cluster.pid(alias), client.metrics().address
+    host, _, port = address.partition(":")
+
+    def open_fds() -> int:
+        return len(os.listdir(f"/proc/{pid}/fd"))
+
+    before = open_fds()
+    with socket.create_connection((host, int(port)), 10) as connection:
+        eventually(lambda: open_fds() > before, "the connection is not taken")
+        limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        with connection.makefile("rb") as answer:
+            text = answer.read().decode()
+        names = {family.name for family in client.metrics("", "families").families}
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+    for needs_none in ("manifold_node", "manifold_process_max_fds", "manifold_workers"):
+        assert f"# TYPE {needs_none}" in text
+        assert needs_none in names
+    assert "manifold_process_max_fds 3\n" in text
+    assert "manifold_process_open_fds" not in text
+    assert "manifold_process_open_fds" not in names
+    assert value(client.metrics("", "families"), "manifold_process_open_fds") > 10
+    assert cluster.pid(alias) == pid
 
 
 # -- Prometheus -----------------------------------------------------------------------------------
