@@ -400,6 +400,7 @@ def test_there_is_a_bound_to_the_sessions_and_a_closed_one_makes_room() -> None:
         ('["web.keys", 7]', "nobody understands"),
         ('["web.resize", 80, 100000]', "nobody understands"),
         ('["web.exec", "ls"]', "nobody understands"),
+        ("[" * 100_000, "not JSON"),
         (json.dumps(["web.keys", "x" * 20_000]), "nobody understands"),
         (b"bytes", "not text"),
     ],
@@ -439,6 +440,12 @@ def test_a_message_that_is_too_large_closes_the_websocket() -> None:
         ("echo __GANGLION__; printf 'M\\0\\0\\0\\2{}'; cat", "does not decode", ""),
         ("echo __GANGLION__; printf 'M\\0\\0\\0\\1x'; cat", "does not decode", ""),
         ("echo __GANGLION__; printf 'P\\0\\0\\0\\1x'; cat", "does not decode", ""),
+        (
+            "echo __GANGLION__; printf 'M\\0\\001\\206\\240';"
+            "yes '[' | tr -d '\\n' | head -c 100000",
+            "does not decode",
+            "",
+        ),
         ("yes", "did not start", ""),
         ("head -c 1000000 /dev/zero", "did not start", ""),
         ("seq 100000 >&2", "did not start", "100000"),
@@ -501,6 +508,39 @@ def test_what_a_console_starts_ends_with_it() -> None:
     started: list[int] = []
     run(test)
     wait_gone(started[0])
+
+
+@pytest.mark.parametrize("and_then", ["exit 3", READS], ids=["it ends", "its tab goes"])
+def test_what_a_console_leaves_behind_with_its_pipes_keeps_no_session(
+    and_then: str, tmp_path: Path
+) -> None:
+    fifo, told = tmp_path / "fifo", tmp_path / "pid"
+    os.mkfifo(fifo)
+    script = (
+        f"setsid sh -c 'echo $$ > {told}.new; mv {told}.new {told}; read line < {fifo}' &"
+        f"while [ ! -e {told} ]; do :; done; echo __GANGLION__; printf 'D\\0\\0\\0\\2on';"
+        f"{and_then}"
+    )
+    release = os.open(fifo, os.O_RDWR)
+
+    async def test() -> None:
+        async with visiting(["/bin/sh", "-c", script]) as visitor:
+            try:
+                async with visitor.socket() as socket:
+                    await drawn(socket, "on")
+                    if and_then != READS:
+                        assert (await ended(socket))[0] == "The console has ended."
+                async with asyncio.timeout(ENDED_S):
+                    await visitor.server.wait_sessions(0)
+                assert Path(f"/proc/{told.read_text().strip()}").exists(), "it has its pipes still"
+            finally:
+                os.write(release, b"\n")
+
+    try:
+        run(test)
+        wait_gone(int(told.read_text()))
+    finally:
+        os.close(release)
 
 
 def _below(pid: int) -> list[int]:
