@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import select
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -308,8 +309,10 @@ def test_what_is_not_http_is_answered_and_leaves_no_traceback(
             reader, writer = await asyncio.open_connection("127.0.0.1", visitor.server.port)
             writer.write(sent)
             async with asyncio.timeout(OPEN_S):
-                answer = await reader.readline()
+                answer = await reader.readuntil(b"\r\n\r\n")
             assert answer.split()[1] in (b"400", b"405")
+            plain = b"\r\nContent-Type: text/plain;" in answer and b"Set-Cookie" not in answer
+            assert plain or HEADERS["Content-Security-Policy"].encode() in answer
             writer.close()
             await writer.wait_closed()
 
@@ -366,6 +369,15 @@ def test_every_answer_carries_the_policies() -> None:
     policy = HEADERS["Content-Security-Policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy
     assert HEADERS["X-Frame-Options"] == "DENY"
+
+
+def test_a_name_that_is_no_clusters_is_refused_before_anything_is_served() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "manifold", "web"], env=os.environ | {"MANIFOLD_CLUSTER": "../x"},
+        capture_output=True, text=True, timeout=OPEN_S,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (4, "")
+    assert "error: '../x' is no name of a cluster." in done.stderr
 
 
 # --- sessions ----------------------------------------------------------------------------------
