@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from manifold.kernel.errors import Busy, ManifoldError
+from manifold.kernel.errors import Busy, ManifoldError, Unavailable
 from manifold.kernel.observe.families import DEFINITIONS
 from manifold.kernel.observe.messages import Metrics
 from manifold.shells.sdk import Client
@@ -410,6 +410,47 @@ def test_profiles_are_relayed_folded_and_taken_one_at_a_time(
     assert as_json["node"] == there
     assert sum(stack["count"] for stack in as_json["stacks"]) >= as_json["samples"]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("attached", [0, 1], ids=["to another", "to it"])
+def test_who_profiles_a_node_that_ends_is_told_so_and_does_not_wait(
+    manifold_cluster: Start, attached: int
+) -> None:
+    cluster = manifold_cluster(2)
+    ends = cluster.aliases[1]
+    client, other = cluster.client(cluster.aliases[attached]), cluster.client(cluster.aliases[0])
+    found: list[ManifoldError] = []
+
+    def ask() -> None:
+        with pytest.raises(ManifoldError) as fault:
+            client.profile(ends, 60.0)
+        found.append(fault.value)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    eventually(lambda: other.log(ends, contains="a profile of").lines, "it does not begin")
+    cluster.kill(ends)
+    thread.join(40)  # a profile of 60 s would say 70 s later that its fate is unknown
+    assert not thread.is_alive()
+    (error,) = found
+    assert isinstance(error, Unavailable)
+    assert error.message.startswith(f"{ends} ended, or fell silent, while it was")
+
+
+def test_a_node_that_is_silent_is_said_to_be_silent(manifold_cluster: Start) -> None:
+    cluster = manifold_cluster(2)
+    here, there = cluster.aliases
+    client = cluster.client(here)
+    cluster.pause(there)
+
+    def dead() -> bool:
+        return [node.state for node in client.nodes() if node.alias == there] == ["dead"]
+
+    eventually(dead, "nobody notices")
+    with pytest.raises(Unavailable, match=f"{there} is silent, and held for dead"):
+        client.metrics(there)
+    with pytest.raises(Unavailable, match=f"{there} is silent, and held for dead"):
+        client.profile(there, 1.0)
 
 
 def test_a_node_ends_in_time_while_a_profile_is_taken(manifold_cluster: Start) -> None:
