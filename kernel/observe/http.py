@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 
 HOST = "127.0.0.1"
 HEAD_BYTES_MAX = 8 << 10  # what a request line and its headers take; Prometheus sends 300 bytes
-CONNECTIONS_MAX = 16  # each 8 KiB of a head and 32 KiB of an answer: 640 KiB
+CONNECTIONS_MAX = 16  # each 8 KiB of a head and an answer of NODE_TEXT_BYTES: 384 KiB
 DEADLINE_S = 5.0  # from the first byte to the last of the answer; a scrape takes milliseconds
 BACKLOG = 16  # as many as there may be connections
 ACCEPT_PAUSE_S = 0.1  # without a descriptor left

@@ -26,7 +26,7 @@ import pytest
 
 from manifold.kernel.errors import Busy, ManifoldError, Unavailable
 from manifold.kernel.observe.families import DEFINITIONS
-from manifold.kernel.observe.messages import Metrics
+from manifold.kernel.observe.messages import NODE_TEXT_BYTES, Metrics
 from manifold.shells.sdk import Client
 from manifold.tools.emulator.testing import TestCluster
 
@@ -129,7 +129,9 @@ def test_every_node_answers_over_http_and_over_the_bus_alike(
         assert re.findall(r"^# TYPE (\S+)", over_bus, re.MULTILINE) == names
         said = json.loads(manifold(cluster, tmp_path, "metrics", alias, "--json"))
         assert (said["node"], said["address"], len(said["metrics"])) == (alias, address, len(names))
+        assert len(text.encode()) <= NODE_TEXT_BYTES
         content_type, text = fetched(address, accept="application/openmetrics-text")
+        assert len(text.encode()) <= NODE_TEXT_BYTES
         assert content_type.startswith("application/openmetrics-text; version=1.0.0")
         assert text.endswith("\n# EOF\n")
         assert json.loads(fetched(address, "/healthz")[1])["node"] == alias
