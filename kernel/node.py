@@ -463,6 +463,7 @@ class Node:
         member = change.member
         if member.kid == self.identity.kid:
             return
+        self.calls.member_changed(member)
         if member.state in (State.ALIVE, State.SUSPECT):
             if member.meta.addresses:
                 try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from manifold.kernel import messages as m
-from manifold.kernel.errors import ManifoldError, NotFound
+from manifold.kernel.errors import ManifoldError, NotFound, Unavailable
 from manifold.kernel.hyperbus.driver import Incoming
 from manifold.kernel.hyperbus.faults import to_failure
 from manifold.kernel.hyperbus.filter import Link
@@ -52,6 +52,7 @@ _ASKED = (
 class SystemCalls:
     def __init__(self, node: Node) -> None:
         self._node = node
+        self._looking: dict[asyncio.Future[Any], Member] = {}  # relayed: at whom
 
     def serves(self, body: Any) -> bool:
         return isinstance(body, _ASKED)
@@ -217,14 +218,35 @@ class SystemCalls:
                 raise NotFound(
                     f"No node {incoming.destination} is known.", "`manifold node ls` lists them."
                 )
+            if member.state == State.DEAD:
+                raise Unavailable(
+                    f"{member.meta.alias} is silent, and held for dead.",
+                    "`manifold node ls` shows when it is there again.",
+                )
             takes_ms = GATHER_MS * 5
             if isinstance(incoming.body, ProfileNode):  # it is answered when it is over
                 takes_ms += incoming.body.seconds * 1000
-            answer = await self._node.bus.request(member.kid, incoming.body, takes_ms)
+            asked = self._node.bus.request(member.kid, incoming.body, takes_ms)
+            if isinstance(incoming.body, ProfileNode | GetMetrics):
+                self._looking[asked] = member
+                asked.add_done_callback(lambda asked: self._looking.pop(asked))
+            answer = await asked
         except ManifoldError as error:
             self._node.bus.reply(incoming, to_failure(error))
             return
         self._node.bus.reply(incoming, answer)
+
+    def member_changed(self, now: Member) -> None:
+        """Who looks at a node that is gone is told at once; there is nothing to be in doubt of."""
+        gone = now.state in (State.DEAD, State.LEFT)
+        for asked, then in list(self._looking.items()):
+            if now.kid == then.kid and (gone or now.boot != then.boot) and not asked.done():
+                asked.set_exception(
+                    Unavailable(
+                        f"{then.meta.alias} ended, or fell silent, while it was looked at.",
+                        "`manifold node ls` shows when it is there again.",
+                    )
+                )
 
     async def ask_all(self, incoming: Incoming, otherwise: ManifoldError) -> None:
         """A client asks about a job we do not own: whoever owns it answers."""

@@ -1,8 +1,8 @@
 """Traces: whether they are wanted, the context that travels, and where spans are sent.
 
 Interface rules: `wanted(environ)` reads OpenTelemetry's own variables and imports nothing; only
-`exporter` imports its SDK, which the extra `otel` installs. Spans are sent by the SDK's batch
-thread, never by who ends one, so `exporter` is called after the last fork. What travels in a
+otel.py, which `exporter` uses, imports its SDK. Spans are sent by the SDK's batch thread, never by
+who ends one, so `exporter` is called after the last fork. What travels in a
 `JobSpec` is a W3C `traceparent`; one that does not parse is none.
 A span that another process is to be the parent of has an id that both can tell: `span_id`.
 Source: W3C Trace Context 1; OpenTelemetry's environment variables.
@@ -10,17 +10,14 @@ Source: W3C Trace Context 1; OpenTelemetry's environment variables.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from blake3 import blake3
-
-from manifold.vm.version import VERSION
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -28,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("manifold.observe")
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-SDK = "opentelemetry.exporter.otlp.proto.http.trace_exporter"  # it imports all that is needed
+SDK = "manifold.kernel.otel"  # it imports all that is needed
 FLUSH_S = 1.0  # who ends waits so long for its last spans to leave; a supervisor kills after 2 s
 _SAMPLED = 1
 _PARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
@@ -56,14 +53,6 @@ def wanted(environ: Mapping[str, str]) -> bool:
     return any(environ.get(name) for name in ENDPOINTS)
 
 
-def installed() -> bool:
-    """Whether the extra is; nothing of it is imported but its packages' names."""
-    try:
-        return importlib.util.find_spec(SDK) is not None
-    except ModuleNotFoundError:
-        return False
-
-
 def parse(traceparent: str) -> Parent | None:
     """The parent, where there is one and it is sampled."""
     found = _PARENT.fullmatch(traceparent)
@@ -86,33 +75,16 @@ def span_id(trace: int, *names: str | int) -> int:
 
 
 def exporter(
-    service: str, attributes: Mapping[str, str | int], ids: Any = None
+    service: str, attributes: Mapping[str, str | int], next_id: Callable[[], int] | None = None
 ) -> TracerProvider | None:
-    """A provider that sends spans by OTLP over HTTP; None, with a warning, where there is none.
+    """A provider that sends spans; None, with a warning, where there is none. See otel.py."""
+    from manifold.kernel import otel
 
-    `ids` generates ids, where the SDK's own will not do.
-    """
     try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    except ImportError:
-        log.warning("no traces: OpenTelemetry is missing; pip install 'manifold-os[otel]'")
+        return otel.provider(service, attributes, next_id)
+    except otel.NoTraces as fault:
+        log.warning("no traces: %s", fault)
         return None
-    try:
-        said = Resource.create()  # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win
-        named = str(said.attributes.get("service.name", "unknown_service"))
-        own: dict[str, str | int] = {"service.version": VERSION, **attributes}
-        if named.startswith("unknown_service"):
-            own["service.name"] = service
-        resource = said.merge(Resource(own))
-        provider = TracerProvider(resource=resource, id_generator=ids, shutdown_on_exit=False)
-        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    except Exception as error:  # whatever its variables say: no job may fail of that
-        log.warning("no traces: OpenTelemetry refuses its settings: %s", error)
-        return None
-    return provider
 
 
 def flush(provider: TracerProvider, *, last: bool = False) -> None:

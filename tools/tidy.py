@@ -27,7 +27,7 @@ FLOORS = {"vm": 0, "kernel": 1, "shells": 2, "images": 3, "tools": 3, "": 4}  # 
 ORDER = {
     **dict.fromkeys(("config", "config_units", "config_loader", "config_document"), 1),
     **dict.fromkeys(("effects", "limits", "errors", "durable", "places", "identity", "traces"), 1),
-    **dict.fromkeys(("inventory", "rendezvous", "tasks"), 1),
+    **dict.fromkeys(("inventory", "otel", "rendezvous", "tasks"), 1),
     **dict.fromkeys(("geode", "process"), 2),
     **dict.fromkeys(("scheduler", "nexus", "membership", "memory", "hyperbus", "keg", "mayor"), 3),
     "registry": 3,

@@ -12,7 +12,7 @@ import os
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from manifold.kernel.membership.messages import State
@@ -66,19 +66,32 @@ def _node(node: Node) -> Values:
 
 def _process(node: Node) -> Values:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    found: Values = {
+    return {
         "manifold_process_cpu_seconds": time.process_time(),
-        "manifold_process_resident_memory_bytes": resident_bytes(os.getpid()),
-        "manifold_process_open_fds": len(os.listdir("/proc/self/fd")),
         "manifold_process_max_fds": soft,
-        "manifold_process_threads": len(os.listdir("/proc/self/task")),
         "manifold_loop_lag_seconds": node.tally.lag.samples(),
+        **_told("manifold_process_resident_memory_bytes", lambda: resident_bytes(os.getpid())),
+        **_told("manifold_process_open_fds", lambda: len(os.listdir("/proc/self/fd"))),
+        **_told("manifold_process_threads", lambda: len(os.listdir("/proc/self/task"))),
+        **_told("manifold_process_storage_written_bytes", _written_bytes),
     }
-    with contextlib.suppress(OSError):  # not every kernel accounts for it
-        with open("/proc/self/io") as file:
-            lines = dict(line.split(":") for line in file)
-        found["manifold_process_storage_written_bytes"] = int(lines["write_bytes"])
-    return found
+
+
+def _told(name: str, look: Callable[[], float]) -> Values:
+    """What `look` finds, nothing where the host does not tell.
+
+    Not every kernel accounts for everything, and to look takes a descriptor, of which a node that
+    is flooded with connections has none left.
+    """
+    with contextlib.suppress(OSError):
+        return {name: look()}
+    return {}
+
+
+def _written_bytes() -> int:
+    with open("/proc/self/io") as file:
+        lines = dict(line.split(":") for line in file)
+    return int(lines["write_bytes"])
 
 
 def resident_bytes(pid: int) -> int:
@@ -86,7 +99,7 @@ def resident_bytes(pid: int) -> int:
     try:
         with open(f"/proc/{pid}/statm") as file:
             return int(file.read().split()[1]) * PAGE_BYTES
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return 0
 
 
@@ -155,8 +168,11 @@ def _workers(node: Node) -> Values:
     workers = {"program": len(programs), "call": len(calls)}
     return {
         "manifold_workers": _by("kind", workers, workers),
-        "manifold_workers_resident_memory_bytes": sum(map(resident_bytes, (*programs, *calls))),
         "manifold_workers_lost": node.tally.runs_lost,
+        **_told(
+            "manifold_workers_resident_memory_bytes",
+            lambda: sum(map(resident_bytes, (*programs, *calls))),
+        ),
     }
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 
 HOST = "127.0.0.1"
 HEAD_BYTES_MAX = 8 << 10  # what a request line and its headers take; Prometheus sends 300 bytes
-CONNECTIONS_MAX = 16  # each 8 KiB of a head and 32 KiB of an answer: 640 KiB
+CONNECTIONS_MAX = 16  # each 8 KiB of a head and an answer of NODE_TEXT_BYTES: 384 KiB
 DEADLINE_S = 5.0  # from the first byte to the last of the answer; a scrape takes milliseconds
 BACKLOG = 16  # as many as there may be connections
 ACCEPT_PAUSE_S = 0.1  # without a descriptor left
@@ -37,7 +37,7 @@ PHRASES = {
 Page = Callable[[str], tuple[str, bytes]]
 
 _REQUEST = re.compile(rb"([A-Z]{1,16}) (/[\x21-\x7e]{0,1023}) HTTP/1\.([01])")
-_HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
+_HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}):([\t\x20-\x7e\x80-\xff]*)")
 _LOCAL = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
 
 
@@ -209,7 +209,7 @@ def _headers(lines: list[bytes]) -> dict[str, str] | None:
         match = _HEADER.fullmatch(line)
         if match is None:
             return None
-        name, value = match[1].decode().lower(), match[2].decode("latin-1")
+        name, value = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
         if name in found:
             if name == "host":
                 return None

@@ -16,7 +16,8 @@ from manifold.vm.kid import Kid
 
 FAMILIES_MAX = 256  # five times what there is
 SAMPLES_MAX = 256  # of one family; the largest, a histogram, has 12
-TEXT_BYTES_MAX = 1 << 20  # 256 families of 4 KiB; a node renders 16 KiB
+NODE_TEXT_BYTES = 16 << 10  # what a node renders fits in: 10 KB, and numbers that grow
+TEXT_BYTES_MAX = 1 << 20  # 256 families of 4 KiB; no less than NODE_TEXT_BYTES
 PROFILE_S_MIN = 0.1
 PROFILE_S_MAX = 60.0
 PROFILE_HZ_MAX = 250  # a sample takes 140 us with a node's three threads: 3.5 % of a core

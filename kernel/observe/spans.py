@@ -182,24 +182,14 @@ class Spans:
             "manifold.class": spec.node_class, "manifold.cluster": spec.config.cluster,
             "manifold.boot": self._node.boot,
         }  # fmt: skip
-        self._provider = traces.exporter("manifold-node", attributes, self._ids())
+        self._provider = traces.exporter("manifold-node", attributes, self._take_id)
         if self._provider is None:
             self._missing = True
             return False
         self._tracer = self._provider.get_tracer("manifold")
         return True
 
-    def _ids(self) -> Any:
-        """Ids that others can tell, where a span has one; else the SDK's."""
-        try:
-            from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-        except ImportError:
-            return None
-        spans = self
-
-        class Ids(RandomIdGenerator):
-            def generate_span_id(self) -> int:
-                number, spans._next_id = spans._next_id, 0
-                return number or super().generate_span_id()
-
-        return Ids()
+    def _take_id(self) -> int:
+        """The id that others can tell of the span that is begun now, 0 where it has none."""
+        number, self._next_id = self._next_id, 0
+        return number

@@ -448,7 +448,8 @@ class Client:
     def profile(self, node: str = "", seconds: float = 10.0, hz: int = 100) -> Profile:
         """Where a node's threads are, looked at `hz` times a second while it goes on serving."""
         asked = ProfileNode(seconds, hz)
-        answer: Profile = self.ask(asked, node, seconds * 1000 + REQUEST_TIMEOUT_MS)
+        timeout_ms = seconds * 1000 + REQUEST_TIMEOUT_MS
+        answer: Profile = self.connection.call(self.connection.look(asked, timeout_ms, node))
         return answer
 
 

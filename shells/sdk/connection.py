@@ -28,6 +28,7 @@ from manifold.kernel.messages import DECODER, Bye
 DOOR_TIMEOUT_MS = 1000.0
 REQUEST_TIMEOUT_MS = 10_000.0
 LOOK_S = 2.0  # without an answer for so long: does our node live?
+LOOKS_MAX = 3  # that find nobody, one after the other: it is gone; a busy one may miss one
 
 T = TypeVar("T")
 
@@ -145,6 +146,30 @@ class Connection:
         assert self.attached is not None
         return await self.bus.request(
             self.attached.source, body, timeout_ms, destination=destination
+        )
+
+    async def look(self, body: msgspec.Struct, timeout_ms: float, destination: str) -> Any:
+        """As `request`, for what looks at one node for long and is asked of no other instead.
+
+        `Unavailable` soon after the node we are attached to has ended.
+        """
+        if self.attached is None:
+            await self.attach()
+        assert self.attached is not None
+        welcome = self.attached
+        if destination in (welcome.alias, welcome.source):
+            destination = ""
+        answer = self.bus.request(welcome.source, body, timeout_ms, destination=destination)
+        missed = 0
+        while missed < LOOKS_MAX:
+            done, _ = await asyncio.wait((answer,), timeout=LOOK_S)
+            if done:
+                return await answer
+            missed = 0 if await self.lives() else missed + 1
+        answer.cancel()
+        raise Unavailable(
+            f"{welcome.alias} ended, or fell silent, while it was asked.",
+            "`manifold node ls` shows when it is there again.",
         )
 
     async def request_of(

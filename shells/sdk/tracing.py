@@ -8,6 +8,7 @@ itself gets its spans where its own go, beneath the span it is in; else the envi
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
 
     from manifold.kernel.scheduler.messages import JobSpec
 
+log = logging.getLogger("manifold.observe")
+
 _lock = threading.Lock()
 _ours: TracerProvider | None = None
-_missing = False
+_missing = False  # the extra, or its settings are wrong: said once
+_refused = False  # so are those of the program's own
 
 
 class Submission:
@@ -63,11 +67,9 @@ def begin(job: str, spec: JobSpec, cluster: str) -> Submission | None:
 def _provider() -> Any:
     """The program's own provider, ours, or None."""
     global _ours, _missing
-    api = sys.modules.get("opentelemetry.trace")
-    if api is not None:
-        own = api.get_tracer_provider()
-        if hasattr(own, "add_span_processor"):  # one of the SDK, not the placeholder
-            return own
+    own = _of_program()
+    if own is not None:
+        return own
     if _ours is not None:
         return _ours
     if _missing or not traces.wanted(os.environ):
@@ -77,6 +79,21 @@ def _provider() -> Any:
             _ours = traces.exporter("manifold-client", {"process.pid": os.getpid()})
             _missing = _ours is None
     return _ours
+
+
+def _of_program() -> Any:
+    """The provider that the program has set up for itself."""
+    global _refused
+    api = sys.modules.get("opentelemetry.trace")
+    if api is None or _refused:
+        return None
+    try:
+        own = api.get_tracer_provider()
+    except Exception as error:  # it sets up what OTEL_PYTHON_TRACER_PROVIDER names
+        _refused = True
+        log.warning("OpenTelemetry refuses its settings: %s", error)
+        return None
+    return own if hasattr(own, "add_span_processor") else None  # of the SDK, no placeholder
 
 
 def flush() -> None:

@@ -47,7 +47,7 @@ def load() -> Mapping[str, Asset]:
 
 
 def page() -> str:
-    """The page, with `{title}` and `{name}` to be filled in."""
+    """The page, with `{title}` to be filled in."""
     return (resources.files("manifold.shells.web") / "page.html").read_text(encoding="utf-8")
 
 

@@ -7,7 +7,8 @@ Invariants: D1 nothing is served without the cookie, and the token buys nothing 
 D2 secrets are compared in constant time, are never logged, and are in no argument or environment.
 D3 the Host header names the loopback address we are bound to, which a name that was rebound to it
 does not; the Origin of a websocket is that very host and port. D4 at most `SESSIONS_MAX` consoles
-run, and all have ended when `stop` returns. D5 every answer carries `HEADERS`.
+run, and all have ended when `stop` returns. D5 every answer to what is a request carries `HEADERS`;
+what is no HTTP is answered by aiohttp itself, with 400 and plain text that quotes what came.
 Source: RFC 6265bis (SameSite), RFC 6455 10.2 (Origin), CSP level 3.
 """
 

@@ -6,6 +6,7 @@ and returns once the process is gone. Textual's packets are read and written by 
 Invariants: S1 the process is gone when `talk` returns or raises. S2 no shell sees the command, and
 neither its arguments nor its environment hold a secret of the server. S3 what it prints as errors
 is kept to its last `LAST_WORDS_BYTES_MAX` and never reaches the server's output.
+S4 what a console has started and left in a session of its own, with its pipes, keeps nobody.
 Source: textual_serve/app_service.py.
 """
 
@@ -36,9 +37,13 @@ LAST_WORDS_BYTES_MAX = 2048  # 25 lines of 80 characters
 STUCK_S = 30.0  # a console that has not read its input for so long is ended
 QUIT_S = 3.0  # asked to end; then terminated; then killed
 TERMINATE_S = 2.0
+DRAIN_S = 1.0  # for what is in the pipes of a console that is gone, 64 KiB each
 DOWNLOADS_MAX = 32  # that wait to be fetched, in one session
 
 FROM_PAGE = msgspec.json.Decoder(m.FromPage)
+
+
+HAS_ENDED = "The console has ended."
 
 
 class BadPacket(Exception):
@@ -89,20 +94,24 @@ class Session(AppService):
         process = await self._open_app_process(columns, rows)
         parts = [asyncio.create_task(self._show()), asyncio.create_task(self._hear())]
         errors = asyncio.create_task(self._listen_to_errors())
+        gone = asyncio.create_task(_gone(process))
         try:
-            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
-            reason = next(part.result() for part in parts if part in done)
+            await asyncio.wait([*parts, gone], return_when=asyncio.FIRST_COMPLETED)
+            if gone.done():  # what it has drawn last is still to be shown
+                await asyncio.wait(parts, timeout=DRAIN_S, return_when=asyncio.FIRST_COMPLETED)
+            reason = next((part.result() for part in parts if part.done()), HAS_ENDED)
         except BadPacket as fault:
             reason = f"The session was ended: {fault}."
         finally:
             for part in parts:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
-            await self._end(process)
-            await errors
+            await self._end(process, gone, errors)
         return m.Ended(reason, self._last_words.decode(errors="replace").strip())
 
-    async def _end(self, process: Process) -> None:
+    async def _end(
+        self, process: Process, gone: asyncio.Task[None], errors: asyncio.Task[None]
+    ) -> None:
         """Ask, then insist (S1). Its output is drained: a console blocked on it could not end."""
         await self._download_manager.cancel_app_downloads(app_service_id=self.app_service_id)
         drained = asyncio.create_task(self._drain(process))
@@ -111,14 +120,17 @@ class Session(AppService):
         self.stdin.close()
         for wait_s, number in ((QUIT_S, signal.SIGTERM), (TERMINATE_S, signal.SIGKILL)):
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), wait_s)
+                await asyncio.wait_for(asyncio.shield(gone), wait_s)
                 break
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
-        await process.wait()
+        await gone
         with contextlib.suppress(ProcessLookupError):  # what it started and left, with its pipes
             os.killpg(process.pid, signal.SIGKILL)
-        await drained
+        reaped = asyncio.create_task(process.wait())
+        await asyncio.wait([drained, errors, reaped], timeout=DRAIN_S)
+        process._transport.close()  # type: ignore[attr-defined]  # S4; there is no public way
+        await asyncio.gather(drained, errors, reaped)
 
     @staticmethod
     async def _drain(process: Process) -> None:
@@ -147,7 +159,7 @@ class Session(AppService):
                     raise BadPacket(f"the console sent a packet of {size} bytes")
                 await self._packet(kind, await output.readexactly(size))
         except asyncio.IncompleteReadError:
-            return "The console has ended."
+            return HAS_ENDED
         except ConnectionResetError:
             return "The page has gone."
 
@@ -172,7 +184,7 @@ class Session(AppService):
                 await self.on_packed(payload)
             else:
                 raise BadPacket(f"the console sent a packet of kind {kind!r}")
-        except (ValueError, LookupError, DecodeError) as fault:
+        except (ValueError, LookupError, DecodeError, RecursionError) as fault:
             raise BadPacket(f"the console sent a packet that does not decode ({fault})") from fault
 
     async def on_meta(self, data: bytes) -> None:
@@ -207,7 +219,7 @@ class Session(AppService):
                 message = FROM_PAGE.decode(received.data)
             except msgspec.ValidationError as fault:
                 raise BadPacket(f"the page sent what nobody understands ({fault})") from fault
-            except msgspec.DecodeError as fault:
+            except (msgspec.DecodeError, RecursionError) as fault:
                 raise BadPacket("the page sent what is not JSON") from fault
             try:
                 await asyncio.wait_for(self._pass_on(message), STUCK_S)
@@ -224,3 +236,21 @@ class Session(AppService):
             await self.focus()
         else:
             await self.blur()
+
+
+async def _gone(process: Process) -> None:
+    """Until the process has ended. Its own `wait` waits for its pipes as well in some Pythons."""
+    if process.returncode is not None:
+        return
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(descriptor, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)

@@ -8,12 +8,14 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from manifold.kernel import places
 from manifold.kernel.errors import Unsupported
 from manifold.shells.verbs.common import cluster_name, json_option, print_json
 
@@ -51,6 +53,7 @@ def web(
             "Install the extra: pip install 'manifold-os[web]'",
         ) from fault
     cluster = cluster_name(context)
+    places.cluster_dir(cluster, os.environ)  # refuses a name that is none
     served = Served(console(cluster, read_only, options), f"Manifold — {cluster}")
     asyncio.run(_until_stopped(WebServer(served, host, port), opens, as_json))
 
@@ -78,18 +81,25 @@ async def _until_stopped(server: WebServer, opens: bool, as_json: bool) -> None:
             if opens:
                 folder = tempfile.TemporaryDirectory(prefix="manifold-web-")
                 path = Path(until_stopped.enter_context(folder))
-                await asyncio.to_thread(_open, server.address, path)
+                _open(server.address, path)
             await stopped.wait()
     finally:
         await server.stop()
 
 
 def _open(address: str, folder: Path) -> None:
-    """By way of a file that only its owner reads: arguments of a process are seen by everybody."""
-    import webbrowser
+    """By way of a file that only its owner reads: arguments of a process are seen by everybody.
 
+    A browser that runs in the foreground keeps the thread, and the thread keeps nobody.
+    """
     path = folder / "open.html"
     path.touch(mode=0o600)
     path.write_text(f'<!DOCTYPE html><meta http-equiv="refresh" content="0;url={address}">')
-    if not webbrowser.open(path.as_uri()):
+    threading.Thread(target=_browse, args=(path.as_uri(),), name="browser", daemon=True).start()
+
+
+def _browse(address: str) -> None:
+    import webbrowser
+
+    if not webbrowser.open(address):
         click.echo("No browser was found here: open the address in one.", err=True)

@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -23,9 +24,9 @@ from typing import Any
 
 import pytest
 
-from manifold.kernel.errors import Busy, ManifoldError
+from manifold.kernel.errors import Busy, ManifoldError, Unavailable
 from manifold.kernel.observe.families import DEFINITIONS
-from manifold.kernel.observe.messages import Metrics
+from manifold.kernel.observe.messages import NODE_TEXT_BYTES, Metrics
 from manifold.shells.sdk import Client
 from manifold.tools.emulator.testing import TestCluster
 
@@ -128,7 +129,9 @@ def test_every_node_answers_over_http_and_over_the_bus_alike(
         assert re.findall(r"^# TYPE (\S+)", over_bus, re.MULTILINE) == names
         said = json.loads(manifold(cluster, tmp_path, "metrics", alias, "--json"))
         assert (said["node"], said["address"], len(said["metrics"])) == (alias, address, len(names))
+        assert len(text.encode()) <= NODE_TEXT_BYTES
         content_type, text = fetched(address, accept="application/openmetrics-text")
+        assert len(text.encode()) <= NODE_TEXT_BYTES
         assert content_type.startswith("application/openmetrics-text; version=1.0.0")
         assert text.endswith("\n# EOF\n")
         assert json.loads(fetched(address, "/healthz")[1])["node"] == alias
@@ -218,6 +221,38 @@ def test_hostile_requests_to_a_real_node_end_nothing(manifold_cluster: Start) ->
     found = client.metrics("", "families")
     assert value(found, "manifold_log_messages_total", level="critical") == 0
     assert value(found, "manifold_process_open_fds") < 200
+
+
+def test_a_node_without_a_descriptor_left_tells_what_it_can_and_lives(
+    manifold_cluster: Start,
+) -> None:
+    cluster = manifold_cluster(1)
+    client = cluster.client()
+    (alias,) = cluster.aliases
+    pid, address = cluster.pid(alias), client.metrics().address
+    host, _, port = address.partition(":")
+
+    def open_fds() -> int:
+        return len(os.listdir(f"/proc/{pid}/fd"))
+
+    before = open_fds()
+    with socket.create_connection((host, int(port)), 10) as connection:
+        eventually(lambda: open_fds() > before, "the connection is not taken")
+        limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        with connection.makefile("rb") as answer:
+            text = answer.read().decode()
+        names = {family.name for family in client.metrics("", "families").families}
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+    for needs_none in ("manifold_node", "manifold_process_max_fds", "manifold_workers"):
+        assert f"# TYPE {needs_none}" in text
+        assert needs_none in names
+    assert "manifold_process_max_fds 3\n" in text
+    assert "manifold_process_open_fds" not in text
+    assert "manifold_process_open_fds" not in names
+    assert value(client.metrics("", "families"), "manifold_process_open_fds") > 10
+    assert cluster.pid(alias) == pid
 
 
 # -- Prometheus -----------------------------------------------------------------------------------
@@ -377,6 +412,47 @@ def test_profiles_are_relayed_folded_and_taken_one_at_a_time(
     assert as_json["node"] == there
     assert sum(stack["count"] for stack in as_json["stacks"]) >= as_json["samples"]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("attached", [0, 1], ids=["to another", "to it"])
+def test_who_profiles_a_node_that_ends_is_told_so_and_does_not_wait(
+    manifold_cluster: Start, attached: int
+) -> None:
+    cluster = manifold_cluster(2)
+    ends = cluster.aliases[1]
+    client, other = cluster.client(cluster.aliases[attached]), cluster.client(cluster.aliases[0])
+    found: list[ManifoldError] = []
+
+    def ask() -> None:
+        with pytest.raises(ManifoldError) as fault:
+            client.profile(ends, 60.0)
+        found.append(fault.value)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    eventually(lambda: other.log(ends, contains="a profile of").lines, "it does not begin")
+    cluster.kill(ends)
+    thread.join(40)  # a profile of 60 s would say 70 s later that its fate is unknown
+    assert not thread.is_alive()
+    (error,) = found
+    assert isinstance(error, Unavailable)
+    assert error.message.startswith(f"{ends} ended, or fell silent, while it was")
+
+
+def test_a_node_that_is_silent_is_said_to_be_silent(manifold_cluster: Start) -> None:
+    cluster = manifold_cluster(2)
+    here, there = cluster.aliases
+    client = cluster.client(here)
+    cluster.pause(there)
+
+    def dead() -> bool:
+        return [node.state for node in client.nodes() if node.alias == there] == ["dead"]
+
+    eventually(dead, "nobody notices")
+    with pytest.raises(Unavailable, match=f"{there} is silent, and held for dead"):
+        client.metrics(there)
+    with pytest.raises(Unavailable, match=f"{there} is silent, and held for dead"):
+        client.profile(there, 1.0)
 
 
 def test_a_node_ends_in_time_while_a_profile_is_taken(manifold_cluster: Start) -> None:

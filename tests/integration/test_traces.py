@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import subprocess
 import sys
 import threading
@@ -119,6 +120,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """This process has sent no traces yet; the test says in the environment where they go."""
     monkeypatch.setattr(tracing, "_ours", None)
     monkeypatch.setattr(tracing, "_missing", False)
+    monkeypatch.setattr(tracing, "_refused", False)
     yield monkeypatch
     if tracing._ours is not None:
         traces.flush(tracing._ours, last=True)
@@ -314,6 +316,92 @@ def test_settings_that_opentelemetry_refuses_cost_no_job(
         assert client.parallel_for(COLLATZ, 1, 10, reduce="max") == 19
         assert client.log(alias, contains="OpenTelemetry refuses its settings").lines
     assert cluster.supervisor.nodes[alias].restarts == 0
+
+
+def test_a_variable_that_the_sdk_refuses_as_it_is_imported_costs_a_sentence_and_no_more(
+    cluster_environment: dict[str, str], tmp_path: Path
+) -> None:
+    environment = cluster_environment | {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "-3"
+    }  # fmt: skip
+
+    def manifold(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "manifold", *arguments], env=environment | variables,
+            cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+
+    job = ("run", str(COLLATZ), "--range", "1:10", "--reduce", "max")
+    up = manifold("up", "--nodes", "1", "--detach")
+    try:
+        assert up.returncode == 0, up.stdout + up.stderr
+        refused = manifold(*job)
+        assert (refused.returncode, refused.stdout) == (0, "19\n")
+        why, job_line = refused.stderr.splitlines()
+        assert re.match("no traces: OpenTelemetry refuses its settings: .*COUNT_LIMIT", why)
+        assert job_line.startswith("J-")
+        # A client whose settings are right is traced as far as it goes.
+        assert manifold(*job, OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT="9").stdout == "19\n"
+        said = manifold("logs", "--grep", "no traces").stdout
+        assert said.count("OpenTelemetry refuses its settings") == 1
+    finally:
+        assert manifold("down", "--yes").returncode == 0
+
+
+def test_a_collector_that_refuses_is_one_sentence_on_the_users_terminal(
+    manifold_cluster: Start, fresh: pytest.MonkeyPatch
+) -> None:
+    fresh.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
+    cluster = manifold_cluster(1)
+    script = (
+        "import manifold, urllib3\n"
+        "with manifold.connect() as m:\n"
+        "    for _ in range(3):\n"
+        f"        m.parallel_for({str(COLLATZ)!r}, 1, 10, reduce='max')\n"
+        "        from manifold.shells.sdk import tracing\n"
+        "        tracing.flush()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60,
+        env=dict(cluster.environ) | {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_BSP_SCHEDULE_DELAY": "10",
+        },
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"traces: .*\(said once\)\n", done.stderr)
+
+
+@pytest.mark.parametrize("thread", ["OtelBatchSpanRecordProcessor", "MainThread"])
+def test_what_the_program_logs_by_way_of_the_same_library_is_its_own(thread: str) -> None:
+    script = (
+        "import logging, threading, manifold.kernel.otel\n"
+        "def warn(): logging.getLogger('urllib3.connectionpool').warning('refused')\n"
+        "for _ in range(2):\n"
+        f"    thread = threading.Thread(target=warn, name={thread!r})\n"
+        "    thread.start(); thread.join()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+    ours = "traces: refused (said once)\n"
+    assert done.stderr == ("refused\n" * 2 if thread == "MainThread" else ours)
+
+
+def test_a_provider_that_the_program_names_and_lacks_costs_no_job(
+    manifold_cluster: Start,
+) -> None:
+    cluster = manifold_cluster(1)
+    script = (
+        "import manifold, opentelemetry.trace\n"
+        "with manifold.connect() as m:\n"
+        f"    print(m.parallel_for({str(COLLATZ)!r}, 1, 10, reduce='max'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60,
+        env=dict(cluster.environ) | {"OTEL_PYTHON_TRACER_PROVIDER": "nobody"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "19\n"), done.stderr
+    assert "OpenTelemetry refuses its settings" in done.stderr
 
 
 def test_nothing_is_imported_where_nobody_wants_traces(

@@ -248,24 +248,53 @@ def test_with_the_server_every_console_ends(
 
 def test_the_address_reaches_a_browser_in_a_file_and_never_in_an_argument(tmp_path: Path) -> None:
     opener = tmp_path / "opener"
-    opener.write_text('#!/bin/sh\nfile=${1#file://}\nstat -c %a "$file"; echo "$@"; cat "$file"\n')
+    opener.write_text(
+        '#!/bin/sh\nfile=${1#file://}\nstat -c %a "$file"; echo "$@"; cat "$file"; echo\n'
+    )
     opener.chmod(0o700)
     started = subprocess.Popen(
         [sys.executable, "-m", "manifold", "web", "--open"], stdout=subprocess.PIPE, text=True,
         env=os.environ | {"BROWSER": str(opener), "TMPDIR": str(tmp_path)},
     )  # fmt: skip
     assert started.stdout is not None
-    said = [started.stdout.readline() for _ in range(4)]
+    said = [started.stdout.readline() for _ in range(5)]
     started.send_signal(signal.SIGTERM)
-    rest = started.stdout.read()  # not communicate: it does not see what readline has buffered
     started.stdout.close()
     started.wait(ENDED_S)
     token = said[0].split("token=")[1].strip()
     assert said[2] == "600\n"
     assert said[3].startswith("file://") and token not in said[3]
-    assert f"token={token}" in rest
+    assert f"token={token}" in said[4]
     assert started.returncode == 0
     assert [each.name for each in tmp_path.iterdir()] == ["opener"], "the file is gone"
+
+
+def test_a_browser_that_runs_in_the_foreground_does_not_keep_the_server(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    opener = tmp_path / "opener"
+    opener.write_text(f"#!/bin/sh\necho $$\nread line < {fifo}\n")
+    opener.chmod(0o700)
+    release = os.open(fifo, os.O_RDWR)
+    started = subprocess.Popen(
+        [sys.executable, "-m", "manifold", "web", "--open"], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"BROWSER": str(opener)},
+    )  # fmt: skip
+    assert started.stdout is not None
+    *_, pid = [started.stdout.readline() for _ in range(3)]
+    descriptor = os.pidfd_open(int(pid))
+    try:
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(ENDED_S) == 0
+        assert not select.select([descriptor], [], [], 0)[0], "the browser goes on"
+    finally:
+        os.write(release, b"\n")
+        assert gone(descriptor)
+        started.kill()
+        started.wait()
+        started.stdout.close()
+        os.close(descriptor)
+        os.close(release)
 
 
 def test_a_console_that_hangs_ends_with_a_server_that_is_killed(

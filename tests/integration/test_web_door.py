@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import select
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -308,8 +309,10 @@ def test_what_is_not_http_is_answered_and_leaves_no_traceback(
             reader, writer = await asyncio.open_connection("127.0.0.1", visitor.server.port)
             writer.write(sent)
             async with asyncio.timeout(OPEN_S):
-                answer = await reader.readline()
+                answer = await reader.readuntil(b"\r\n\r\n")
             assert answer.split()[1] in (b"400", b"405")
+            plain = b"\r\nContent-Type: text/plain;" in answer and b"Set-Cookie" not in answer
+            assert plain or HEADERS["Content-Security-Policy"].encode() in answer
             writer.close()
             await writer.wait_closed()
 
@@ -368,6 +371,15 @@ def test_every_answer_carries_the_policies() -> None:
     assert HEADERS["X-Frame-Options"] == "DENY"
 
 
+def test_a_name_that_is_no_clusters_is_refused_before_anything_is_served() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "manifold", "web"], env=os.environ | {"MANIFOLD_CLUSTER": "../x"},
+        capture_output=True, text=True, timeout=OPEN_S,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (4, "")
+    assert "error: '../x' is no name of a cluster." in done.stderr
+
+
 # --- sessions ----------------------------------------------------------------------------------
 
 
@@ -400,6 +412,7 @@ def test_there_is_a_bound_to_the_sessions_and_a_closed_one_makes_room() -> None:
         ('["web.keys", 7]', "nobody understands"),
         ('["web.resize", 80, 100000]', "nobody understands"),
         ('["web.exec", "ls"]', "nobody understands"),
+        ("[" * 100_000, "not JSON"),
         (json.dumps(["web.keys", "x" * 20_000]), "nobody understands"),
         (b"bytes", "not text"),
     ],
@@ -439,6 +452,12 @@ def test_a_message_that_is_too_large_closes_the_websocket() -> None:
         ("echo __GANGLION__; printf 'M\\0\\0\\0\\2{}'; cat", "does not decode", ""),
         ("echo __GANGLION__; printf 'M\\0\\0\\0\\1x'; cat", "does not decode", ""),
         ("echo __GANGLION__; printf 'P\\0\\0\\0\\1x'; cat", "does not decode", ""),
+        (
+            "echo __GANGLION__; printf 'M\\0\\001\\206\\240';"
+            "yes '[' | tr -d '\\n' | head -c 100000",
+            "does not decode",
+            "",
+        ),
         ("yes", "did not start", ""),
         ("head -c 1000000 /dev/zero", "did not start", ""),
         ("seq 100000 >&2", "did not start", "100000"),
@@ -501,6 +520,39 @@ def test_what_a_console_starts_ends_with_it() -> None:
     started: list[int] = []
     run(test)
     wait_gone(started[0])
+
+
+@pytest.mark.parametrize("and_then", ["exit 3", READS], ids=["it ends", "its tab goes"])
+def test_what_a_console_leaves_behind_with_its_pipes_keeps_no_session(
+    and_then: str, tmp_path: Path
+) -> None:
+    fifo, told = tmp_path / "fifo", tmp_path / "pid"
+    os.mkfifo(fifo)
+    script = (
+        f"setsid sh -c 'echo $$ > {told}.new; mv {told}.new {told}; read line < {fifo}' &"
+        f"while [ ! -e {told} ]; do :; done; echo __GANGLION__; printf 'D\\0\\0\\0\\2on';"
+        f"{and_then}"
+    )
+    release = os.open(fifo, os.O_RDWR)
+
+    async def test() -> None:
+        async with visiting(["/bin/sh", "-c", script]) as visitor:
+            try:
+                async with visitor.socket() as socket:
+                    await drawn(socket, "on")
+                    if and_then != READS:
+                        assert (await ended(socket))[0] == "The console has ended."
+                async with asyncio.timeout(ENDED_S):
+                    await visitor.server.wait_sessions(0)
+                assert Path(f"/proc/{told.read_text().strip()}").exists(), "it has its pipes still"
+            finally:
+                os.write(release, b"\n")
+
+    try:
+        run(test)
+        wait_gone(int(told.read_text()))
+    finally:
+        os.close(release)
 
 
 def _below(pid: int) -> list[int]:

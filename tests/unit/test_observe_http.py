@@ -175,12 +175,31 @@ def test_who_leaves_at_any_moment_leaves_nothing_behind(serving: Serving) -> Non
     assert serving.status(GET) == 200
 
 
+@pytest.mark.parametrize("blank", [b" ", b"\t", b" \t"])
+def test_a_line_of_blanks_takes_no_longer_than_its_length(serving: Serving, blank: bytes) -> None:
+    """A pattern that tries every way to share the blanks out takes ten minutes for this line."""
+    head = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nX:"
+    blanks = (blank * HEAD_BYTES_MAX)[: HEAD_BYTES_MAX - len(head) - len(b"x\r\n\r\n")]
+    before_s = time.process_time()
+    assert serving.status(head + blanks + b"\x01\r\n\r\n") == 400
+    assert serving.status(head + blanks + b"x\r\n\r\n") == 200
+    assert time.process_time() - before_s < 0.5
+
+
+def test_blanks_around_a_value_are_not_of_it(serving: Serving) -> None:
+    for host in (b"Host:localhost", b"Host: \t localhost\t \t"):
+        assert serving.status(b"GET /metrics HTTP/1.1\r\n" + host + b"\r\n\r\n") == 200
+
+
 def test_noise_is_answered_or_closed_and_nothing_else_happens(serving: Serving) -> None:
     random = Random(7)
     for _ in range(200):
         noise = bytearray(GET)
         for _ in range(random.randint(1, 12)):
             noise[random.randrange(len(noise))] = random.randrange(256)
+        for _ in range(random.randint(0, 3)):
+            at, blank = random.randrange(len(noise)), random.choice((b" ", b"\t", b"\r", b"\n"))
+            noise[at:at] = blank * random.randrange(2000)
         with serving.open() as connection:
             connection.sendall(noise + b"\r\n\r\n")
             connection.shutdown(socket.SHUT_WR)

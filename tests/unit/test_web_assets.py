@@ -68,3 +68,7 @@ def test_the_verb_says_why_it_does_not_serve(arguments: list[str], code: int, sa
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (code, "")
     assert says in json.loads(done.stdout)["error"]["message"]
+
+
+def test_the_page_has_one_place_to_fill_in() -> None:
+    assert set(re.findall(r"\{\w+\}", assets.page())) == {"{title}"}

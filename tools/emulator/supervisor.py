@@ -118,7 +118,7 @@ class Supervisor:
         listener.listen(64)
         remains = msgspec.json.encode(self._remains()).decode()
         # Nodes that send traces share what that needs, and no loop waits for its import.
-        extra = (traces.SDK,) if traces.wanted(os.environ) and traces.installed() else ()
+        extra = (traces.SDK,) if traces.wanted(os.environ) else ()
         arguments = [str(listener.fileno()), str(liveness_read), remains, *PRELOAD, *extra]
         self._zygote = subprocess.Popen(
             [
