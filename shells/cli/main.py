@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from manifold.shells.cli.table import GROUPS, VERBS
+from manifold.shells.escapes import visible_text
 from manifold.vm.errors import ManifoldError
 
 INTERRUPTED = 130  # as shells say it: 128 + SIGINT
@@ -114,7 +115,7 @@ def _fail(code: str, message: str, next_step: str, exit_code: int, as_json: bool
     if as_json:
         print(json.dumps({"error": {"code": code, "message": message, "next": next_step}}))
     else:
-        print(f"error: {message}", file=sys.stderr)
+        print(visible_text(f"error: {message}"), file=sys.stderr)
         if next_step:
-            print(f"  next: {next_step}", file=sys.stderr)
+            print(visible_text(f"  next: {next_step}"), file=sys.stderr)
     return exit_code

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from manifold.kernel.errors import NoCluster
+from manifold.shells.escapes import visible, visible_json, visible_text
 from manifold.shells.sdk.progress import ProgressBar as ProgressBar
 from manifold.shells.sdk.progress import human_ms as human_ms
 
@@ -63,8 +64,8 @@ def print_json(value: Any) -> None:
     """JSON on one line; what JSON cannot say (NaN, infinities) becomes null."""
     import msgspec
 
-    sys.stdout.write(_wide_json(value) if _has_wide(value) else msgspec.json.encode(value).decode())
-    sys.stdout.write("\n")
+    text = _wide_json(value) if _has_wide(value) else msgspec.json.encode(value).decode()
+    sys.stdout.write(f"{visible_json(text)}\n")
 
 
 def _has_wide(value: Any) -> bool:
@@ -76,6 +77,12 @@ def _has_wide(value: Any) -> bool:
 
 def _wide_json(value: Any) -> str:
     return json.dumps(value)
+
+
+def for_reader(text: str) -> str:
+    """What is somebody else's, for standard output: a terminal must not obey it, a pipe has it as
+    it is."""
+    return visible_text(text) if sys.stdout.isatty() else text
 
 
 def print_table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -95,7 +102,7 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return "-" if value is None or value == "" else str(value)
+    return "-" if value is None or value == "" else visible(str(value))
 
 
 def _numeric(text: str) -> bool:

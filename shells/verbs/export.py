@@ -11,8 +11,9 @@ from typing import IO, Any
 import click
 import msgspec
 
+from manifold.shells.escapes import visible_json
 from manifold.shells.namespace.tables import TABLES
-from manifold.shells.verbs.common import connect
+from manifold.shells.verbs.common import connect, for_reader
 
 
 @click.command()
@@ -30,7 +31,9 @@ def export(context: click.Context, table: str, form: str | None, output: str) ->
         rows = TABLES[table].rows(client, lambda said: click.secho(said, fg="yellow", err=True))
     form = form or ("json" if output.endswith(".json") else "csv")
     if output == "-":
-        _write(sys.stdout, form, TABLES[table].columns, rows)
+        text = io.StringIO(newline="")
+        _write(text, form, TABLES[table].columns, rows)
+        sys.stdout.write(for_reader(text.getvalue()))
         return
     # Written beside it and renamed: whoever reads FILE never sees half of it.
     try:
@@ -44,7 +47,8 @@ def _write(
     file: IO[Any], form: str, columns: Sequence[str], rows: Sequence[dict[str, Any]]
 ) -> None:
     if form == "json":
-        file.write(msgspec.json.format(msgspec.json.encode(rows), indent=1).decode() + "\n")
+        text = msgspec.json.format(msgspec.json.encode(rows), indent=1).decode()
+        file.write(visible_json(text) + "\n")
     else:
         write_csv(file, columns, rows)
 

@@ -36,7 +36,7 @@ from manifold.shells.sdk.globals_calls import (
 )
 from manifold.shells.sdk.registers import TIMEOUT_S
 from manifold.shells.verbs import completing
-from manifold.shells.verbs.common import connect, json_option, print_json
+from manifold.shells.verbs.common import connect, for_reader, json_option, print_json
 from manifold.shells.verbs.run import Seconds
 
 T = TypeVar("T")
@@ -179,7 +179,7 @@ def get(
     elif isinstance(reading.value, bytes):
         sys.stdout.buffer.write(reading.value)
     else:
-        click.echo(str(reading.value))
+        click.echo(for_reader(str(reading.value)))
 
 
 @click.command("set", cls=Valued)

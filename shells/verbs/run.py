@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from manifold.kernel.errors import ManifoldError
 from manifold.kernel.geode.messages import Demand
+from manifold.shells.escapes import visible_text
 from manifold.shells.verbs import completing
 from manifold.shells.verbs.common import (
     ProgressBar,
@@ -308,4 +309,4 @@ def _show(future: Any, result: Any, decisions: Any, as_json: bool) -> None:
         err=True,
     )
     for decision in decisions:
-        click.echo(decision.text())
+        click.echo(visible_text(decision.text()))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from manifold.shells.escapes import visible
 from manifold.shells.namespace.values import (
     cell,
     line,
@@ -22,7 +23,7 @@ from manifold.shells.namespace.values import (
     type_of,
 )
 from manifold.shells.sdk.globals_calls import FOLDER
-from manifold.shells.verbs.common import connect, json_option, print_json, print_table
+from manifold.shells.verbs.common import connect, for_reader, json_option, print_json, print_table
 from manifold.shells.verbs.completing import paths
 from manifold.shells.verbs.globals import (
     Register,
@@ -62,7 +63,7 @@ def opened(context: click.Context, **options: Any) -> Iterator[tuple[Any, Namesp
 
 
 def _warn(sentence: str) -> None:
-    click.secho(sentence, fg="yellow", err=True)
+    click.secho(visible(sentence), fg="yellow", err=True)
 
 
 # -- ls -------------------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ def ls(
     else:
         for entry in entries:
             slash = "/" if entry.kind == "folder" and folder else ""
-            click.echo(f"{entry.name}{slash}" if folder else f"/{entry.name}")
+            click.echo(visible(f"{entry.name}{slash}" if folder else f"/{entry.name}"))
 
 
 def _prefix(path: str, root: str) -> str:
@@ -128,7 +129,7 @@ def _print_registers(path: str, prefix: str, found: Any, strength: str, as_json:
         print_table(["name", "value", "type", "version"], rows)
     count = f"{len(found):,} name{'' if len(found) == 1 else 's'}" if found else "nothing"
     where = f"/{prefix}".rstrip("/") if prefix else path.rstrip("/")
-    click.secho(f"{count} under {where}  ({strength})", dim=True)
+    click.secho(visible(f"{count} under {where}  ({strength})"), dim=True)
 
 
 # -- cat, tail, watch -----------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def cat(
             print_json(values[where[0]] if len(where) == 1 else values)
             return
         for path in where:
-            sys.stdout.write(space.read(path))
+            sys.stdout.write(for_reader(space.read(path)))
 
 
 @click.command()
@@ -181,7 +182,7 @@ def _say(value: object, text: str, as_json: bool) -> None:
     if as_json:
         print_json(value)
     else:
-        click.echo(text)
+        click.echo(for_reader(text))
     sys.stdout.flush()
 
 
