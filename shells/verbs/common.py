@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 import sys
@@ -23,6 +24,21 @@ F = TypeVar("F", bound=Callable[..., Any])
 CLUSTER_LINE = re.compile(r"^cluster:[ ]+([a-z0-9][a-z0-9-]{0,31})[ ]*(?:#.*)?$", re.MULTILINE)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+class Finite(click.FloatRange):
+    """A number between bounds, and a number: click lets `nan` through every range."""
+
+    def convert(self, value: Any, parameter: Any, context: Any) -> float:
+        found = float(super().convert(value, parameter, context))
+        if not math.isfinite(found):
+            self.fail(f"{value!r} is no number to count with.", parameter, context)
+        return found
+
+
+def not_text(word: str) -> bool:
+    """Whether an argument is not UTF-8: Python has surrogates for such bytes."""
+    return any("\ud800" <= char <= "\udfff" for char in word)
 
 
 def cluster_name(context: click.Context) -> str:

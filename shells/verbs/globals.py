@@ -36,7 +36,7 @@ from manifold.shells.sdk.globals_calls import (
 )
 from manifold.shells.sdk.registers import TIMEOUT_S
 from manifold.shells.verbs import completing
-from manifold.shells.verbs.common import connect, for_reader, json_option, print_json
+from manifold.shells.verbs.common import connect, for_reader, json_option, not_text, print_json
 from manifold.shells.verbs.run import Seconds
 
 T = TypeVar("T")
@@ -80,6 +80,8 @@ class Register(click.ParamType[str]):
 
     def convert(self, value: Any, parameter: Any, context: Any) -> str:
         text = str(value)
+        if not_text(text):
+            self.fail(f"{text!r} is not UTF-8. {NAME_RULE}")
         if self._anywhere and text.startswith(REGISTERS) and len(text) > len(REGISTERS):
             return text.removeprefix(REGISTERS)
         other = text.startswith("/") and not text.startswith("/" + FOLDER)

@@ -12,7 +12,7 @@ from manifold.kernel.observe.messages import (
     PROFILE_S_MIN,
     Profile,
 )
-from manifold.shells.verbs.common import connect, json_option, print_json, print_table
+from manifold.shells.verbs.common import Finite, connect, json_option, print_json, print_table
 from manifold.shells.verbs.output import STDOUT, Output
 
 TOP = 10  # functions in the table
@@ -21,7 +21,7 @@ TOP = 10  # functions in the table
 @click.command()
 @click.argument("node")
 @click.option(
-    "--seconds", type=click.FloatRange(PROFILE_S_MIN, PROFILE_S_MAX), default=10.0,
+    "--seconds", type=Finite(PROFILE_S_MIN, PROFILE_S_MAX), default=10.0,
     show_default=True, help="How long to look.",
 )  # fmt: skip
 @click.option(

@@ -228,10 +228,12 @@ def run(
     if PASSED in context.meta:
         runner = RUNNERS[Path(file).suffix]
         return int(_named(runner.target)(context, file, context.meta[PASSED]))
+    from manifold.shells.sdk.programs import name_of
+
     demand = Demand(node_class=node_class, node=on_node, needs_gpu=gpu)
     options: dict[str, Any] = {
         "reduce": how, "arguments": arguments, "timeout_ms": timeout * 1000, "demand": demand,
-        "name": file, "detach": detach,
+        "name": name_of(file), "detach": detach,
     }  # fmt: skip
     start_job = _starter(file, span, entry, options)
     with attached(context, start) as client:

@@ -23,7 +23,14 @@ from manifold.shells.namespace.values import (
     type_of,
 )
 from manifold.shells.sdk.globals_calls import FOLDER
-from manifold.shells.verbs.common import connect, for_reader, json_option, print_json, print_table
+from manifold.shells.verbs.common import (
+    connect,
+    for_reader,
+    json_option,
+    not_text,
+    print_json,
+    print_table,
+)
 from manifold.shells.verbs.completing import paths
 from manifold.shells.verbs.globals import (
     Register,
@@ -50,6 +57,8 @@ class Path(click.ParamType[str]):
         text = str(value)
         if not text:
             self.fail("a path is not empty: `manifold ls /` shows what there is.")
+        if not_text(text):
+            self.fail(f"{text!r} is not UTF-8: no path of a cluster is written so.")
         return text if text.startswith("/") else GLOBALS + text
 
 
