@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from manifold.kernel.errors import NotFound, Refused
+from manifold.kernel.nexus.messages import KEY_CHARS_MAX
 from manifold.shells.namespace.values import (
     FLOAT,
     HEX,
@@ -82,10 +83,12 @@ class Register(click.ParamType[str]):
         text = str(value)
         if not_text(text):
             self.fail(f"{text!r} is not UTF-8. {NAME_RULE}")
+        if self._anywhere and len(text.removeprefix(REGISTERS)) > KEY_CHARS_MAX + 1:
+            self.fail(f"{text[:80]!r}… is too long for a register. {NAME_RULE}")
         if self._anywhere and text.startswith(REGISTERS) and len(text) > len(REGISTERS):
             return text.removeprefix(REGISTERS)
         other = text.startswith("/") and not text.startswith("/" + FOLDER)
-        if other and self._anywhere and text.count("/") > 1 and len(text) <= 257:
+        if other and self._anywhere and text.count("/") > 1:
             return text[1:]
         if other and self._anywhere and text.strip("/"):
             self.fail(f"{text!r} is a folder: `manifold ls {text}` shows what is in it.")
