@@ -20,6 +20,7 @@ from manifold.shells.namespace.logs import Entry, Logs
 from manifold.shells.namespace.table import flat
 from manifold.shells.namespace.values import bare, plain
 from manifold.shells.sdk.client import Client
+from manifold.shells.sdk.globals_calls import Reading
 
 POLL_S = 0.5
 LOG_POLL_S = 0.3
@@ -91,7 +92,11 @@ class Follower:
             before = found
 
     def register(self, key: str) -> Iterator[Change]:
-        """What it holds: its node tells of each change."""
+        """What it holds."""
+        return ((plain(each.value), bare(each.value)) for each in self.states(key))
+
+    def states(self, key: str) -> Iterator[Reading]:
+        """Of a register: its node tells of each change."""
         from manifold.shells.sdk.globals import Watch
 
         with Watch(self._client, key) as states:
@@ -100,7 +105,7 @@ class Follower:
                     reading = states.next(POLL_S)
                 except TimeoutError:
                     continue
-                yield plain(reading.value), bare(reading.value)
+                yield reading
 
 
 def told(entries: list[Entry], alone: bool) -> list[Change]:

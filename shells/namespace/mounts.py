@@ -21,16 +21,16 @@ class RegisterTree:
     """Registers whose keys begin with `prefix`."""
 
     def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
+        self.prefix = prefix
 
     def key(self, rest: Parts) -> str:
         """Of the register at a path; what is too long for one is refused here."""
-        key = self._prefix + "/".join(rest)
+        key = self.prefix + "/".join(rest)
         if len(key) > KEY_CHARS_MAX:
             rule = f"The key of a register has at most {KEY_CHARS_MAX} characters."
             raise Refused(
                 f"The name {path_of(rest)[1:81]}… is too long.",
-                NAME_RULE if self._prefix == FOLDER else rule,
+                NAME_RULE if self.prefix == FOLDER else rule,
             )
         return key
 

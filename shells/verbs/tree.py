@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from manifold.shells.escapes import visible
+from manifold.shells.namespace.following import Follower
+from manifold.shells.namespace.table import REGISTERS
 from manifold.shells.namespace.values import (
     cell,
     line,
@@ -43,8 +45,6 @@ if TYPE_CHECKING:
     from manifold.shells.namespace import Namespace
 
 GLOBALS = f"/{FOLDER}"
-# Folders whose names are keys of registers, and what such keys begin with.
-KEYS = {"/globals": FOLDER, "/cluster": "cluster/", "/registers": ""}
 PREFIX_CHARS_MAX = 250
 
 
@@ -95,7 +95,7 @@ def ls(
     """
     root = "/" + path.strip("/").partition("/")[0]
     with opened(context, stale=stale, timeout_s=timeout) as (client, space):
-        if root in KEYS:
+        if root in REGISTERS:
             prefix = _prefix(path, root)
             calls = client.calls_of_globals
             found, strength = client.connection.call(calls.items(prefix, timeout, stale))
@@ -123,7 +123,7 @@ def _prefix(path: str, root: str) -> str:
     rest = path.removeprefix(root).removeprefix("/")
     if len(rest) > PREFIX_CHARS_MAX or rest.startswith("/") or "//" in rest:
         raise click.BadParameter(f"{path!r} is no path: /globals, /globals/PREFIX or /.")
-    return KEYS[root] + rest
+    return REGISTERS[root].prefix + rest
 
 
 def _print_registers(path: str, prefix: str, found: Any, strength: str, as_json: bool) -> None:
@@ -209,9 +209,11 @@ def watch(context: click.Context, path: str, count: int | None, as_json: bool) -
     from itertools import islice
 
     key = _register(path, context)
+    lines: Iterator[tuple[object, str]]
     with opened(context) as (client, space), Reader() as reader:
         if key is not None:
-            lines = _readings(client, key, reader)
+            states = Follower(client, reader).states(key)
+            lines = ((reading_dict(key, each), line(short_name(key), each)) for each in states)
         else:
             full = Path().convert(path, None, context)
             lines = _changes(space.changes(full, last=0, stop=reader), full, space.kind(full))
@@ -223,22 +225,10 @@ def _register(path: str, context: click.Context) -> str | None:
     """The key that is meant, where it is a register and no folder of them."""
     root = "/" + path.strip("/").partition("/")[0]
     bare = not path.startswith("/")
-    if not bare and (root not in KEYS or path.endswith("/") or path == root):
+    if not bare and (root not in REGISTERS or path.endswith("/") or path == root):
         return None
     key: str = Register(anywhere=True).convert(path, None, context)
     return key
-
-
-def _readings(client: Any, key: str, reader: Reader) -> Iterator[tuple[object, str]]:
-    from manifold.shells.sdk.globals import Watch
-
-    with Watch(client, key) as states:
-        while not reader.wait(0):
-            try:
-                reading = states.next(reader.LOOK_S)
-            except TimeoutError:
-                continue
-            yield reading_dict(key, reading), line(short_name(key), reading)
 
 
 def _changes(
