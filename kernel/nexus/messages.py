@@ -72,8 +72,9 @@ TIMEOUT_MS_MAX = 600_000.0
 Rid = Annotated[int, Meta(ge=0, le=COUNTER_MAX)]
 Version = Annotated[int, Meta(ge=0, le=COUNTER_MAX)]
 Base = Annotated[int, Meta(ge=-1, le=COUNTER_MAX)]
-Key = Annotated[str, Meta(min_length=1, max_length=256)]
-After = Annotated[str, Meta(max_length=256)]
+KEY_CHARS_MAX = 256  # a path of 16 parts of 16 characters
+Key = Annotated[str, Meta(min_length=1, max_length=KEY_CHARS_MAX)]
+After = Annotated[str, Meta(max_length=KEY_CHARS_MAX)]
 Floors = Annotated[tuple[Ballot, ...], Meta(max_length=SHARDS)]
 TimeoutMs = Annotated[float, Meta(gt=0, le=TIMEOUT_MS_MAX)]
 Kids = Annotated[tuple[KidText, ...], Meta(max_length=VOTERS_MAX)]

@@ -23,6 +23,10 @@ PROFILE_S_MAX = 60.0
 PROFILE_HZ_MAX = 250  # a sample takes 140 us with a node's three threads: 3.5 % of a core
 STACKS_MAX = 10_000  # distinct ones; at 64 frames of 40 characters 26 MB, under the largest message
 STACK_CHARACTERS_MAX = 8192
+# Words of a stack that name no function: the loop's thread, and the loop or a thread that waits.
+MAIN = "MainThread"
+LOOP = "(event loop)"
+WAITS = "(waits)"
 
 Label = tuple[str, str]
 Form = Literal["text", "openmetrics", "families"]

@@ -19,14 +19,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import CodeType, FrameType
 
-from manifold.kernel.observe.messages import STACK_CHARACTERS_MAX, STACKS_MAX, Stack
+from manifold.kernel.observe.messages import (
+    LOOP,
+    MAIN,
+    STACK_CHARACTERS_MAX,
+    STACKS_MAX,
+    WAITS,
+    Stack,
+)
 
 FRAMES_MAX = 64  # the innermost are kept
 CODES_MAX = 20_000  # functions whose names are remembered; a node has 6 000 in all
 THREAD = "manifold-profiler"
-MAIN = "MainThread"
-LOOP = "(event loop)"
-WAITS = "(waits)"
 OTHER = "(other)"
 OURS = "manifold."
 STARTS = ("asyncio.runners.Runner.run", "threading.Thread.run")  # up to here every stack is alike

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import importlib
+import io
 import json
 import os
 import platform
@@ -17,9 +19,13 @@ from typing import Any
 import click
 
 from manifold.shells.cli.table import GROUPS, VERBS
+from manifold.shells.escapes import visible_text
 from manifold.vm.errors import ManifoldError
 
 INTERRUPTED = 130  # as shells say it: 128 + SIGINT
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what writing to a file may meet
+SURROGATES = "surrogates not allowed"  # why CPython does not encode what was not UTF-8
+SHOWN_CHARS_MAX = 80
 
 
 class Verbs(click.Group):
@@ -77,6 +83,7 @@ def supported() -> str:
 
 def main() -> None:
     """The console script."""
+    prepare_streams()
     unsupported = supported()
     if unsupported:
         print(f"error: {unsupported}", file=sys.stderr)
@@ -89,6 +96,7 @@ def run(arguments: list[str]) -> int:
     as_json = "--json" in arguments
     try:
         result: Any = manifold.main(args=arguments, prog_name="manifold", standalone_mode=False)
+        sys.stdout.flush()  # here, where a full disk is an error and no traceback
         return result if isinstance(result, int) else 0
     except ManifoldError as error:
         return _fail(error.code, error.message, error.next_step, error.exit_code, as_json)
@@ -101,20 +109,59 @@ def run(arguments: list[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except UnicodeEncodeError as error:
+        if error.reason != SURROGATES:
+            raise  # no argument can be the cause
+        said = f"{error.object[:SHOWN_CHARS_MAX]!r} is not UTF-8, as all text of a cluster is."
+        return _fail("usage", said, "Rename it, or write it in UTF-8.", 2, as_json)
+    except BrokenPipeError:
+        return _seen_enough()
+    except OSError as error:
+        if error.errno not in FULL or error.filename is not None:
+            raise
+        _forget_output()
+        return _fail("cannot_write", f"Output cannot be written: {error.strerror}.",
+                     "Make room, or send it elsewhere.", 1, as_json=False)  # fmt: skip
+
+
+def prepare_streams() -> None:
+    """Standard input, output and error are open, and take whatever is printed.
+
+    A descriptor that is closed would be given to the next socket or file, which then is printed
+    into. What an encoding lacks is shown as an escape.
+    """
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != descriptor:
+                os.dup2(opened, descriptor)
+                os.close(opened)
+            os.set_inheritable(descriptor, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _seen_enough() -> int:
     """The reader, a pager or `head`, has gone: that is no error."""
+    _forget_output()
+    return 0
+
+
+def _forget_output() -> None:
+    """What is left of it in a buffer fails no second time."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
 
 
 def _fail(code: str, message: str, next_step: str, exit_code: int, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"error": {"code": code, "message": message, "next": next_step}}))
     else:
-        print(f"error: {message}", file=sys.stderr)
+        print(visible_text(f"error: {message}"), file=sys.stderr)
         if next_step:
-            print(f"  next: {next_step}", file=sys.stderr)
+            print(visible_text(f"  next: {next_step}"), file=sys.stderr)
     return exit_code

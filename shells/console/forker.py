@@ -24,6 +24,8 @@ from typing import NoReturn
 
 import msgspec
 
+from manifold.shells.cli.main import prepare_streams
+
 MESSAGE_BYTES_MAX = 256 << 10  # a line of the prompt has at most 64 KiB; quoted JSON at most thrice
 STAGES_MAX = 16
 PRELOAD = (
@@ -202,6 +204,7 @@ def _stage(arguments: tuple[str, ...], *, first: bool = True) -> NoReturn:
 
 def main() -> None:
     """The process: imports, then the loop."""
+    prepare_streams()
     pair = socket.socket(fileno=int(sys.argv[1]))
     pair.set_inheritable(False)
     for module in PRELOAD:

@@ -6,6 +6,7 @@ import click
 
 from manifold.shells.cli.main import run
 from manifold.shells.cli.table import VERBS
+from manifold.shells.escapes import visible_text
 from manifold.shells.verbs.filters import FILTERS
 
 # What opens a screen of its own, and has none to open here.
@@ -35,6 +36,6 @@ def run_filter(command: click.Command, arguments: list[str]) -> int:
     except click.ClickException as error:
         if isinstance(error, click.UsageError) and error.ctx is not None:
             click.echo(error.ctx.get_usage(), err=True)
-        click.echo(f"error: {error.format_message()}", err=True)
+        click.echo(visible_text(f"error: {error.format_message()}"), err=True)
         return 2
     return result if isinstance(result, int) else 0

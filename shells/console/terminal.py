@@ -1,7 +1,8 @@
 """What a program writes to a terminal, as lines of styled text; pure.
 
 Understands what verbs print: colours and weights (SGR), carriage return, backspace, tab, erase in
-line, erase the screen. Anything else that a terminal is told is left out, never shown.
+line, erase the screen. Anything else that a terminal is told is left out, never shown: the
+eight-bit control characters (C1) as well.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ TAB = 8
 
 _TOKENS = re.compile(
     r"\x1b\[([0-9;?]*)([@-~])|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[@-Z\\^_=>()][AB0]?"
-    r"|[\x00-\x1f\x7f]|[^\x00-\x1f\x7f]+"
+    r"|[\x00-\x1f\x7f-\x9f]|[^\x00-\x1f\x7f-\x9f]+"
 )
 _UNFINISHED = re.compile(r"\x1b(?:\[[0-9;?]*|\][^\x07\x1b]*\x1b?)?$")
 _COLOURS = ("text", "bad", "ok", "warn", "accent", "other", "accent", "text")
@@ -67,7 +68,7 @@ class Terminal:
                 self._write(" " * (TAB - self._column % TAB))
             elif token[2] is not None:
                 self._control(token[1], token[2], ended)
-            elif word >= " " and word[0] != "\x7f" and word[0] != "\x1b":
+            elif word >= " " and not "\x7f" <= word[0] <= "\x9f":
                 self._write(word)
         return ended
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from rich.style import Style
 from textual.theme import Theme
 
+from manifold.shells.escapes import visible
+
+TAB_CELLS = 8
 Span = tuple[str, str]
 Line = tuple[Span, ...]
 
@@ -129,6 +132,13 @@ def textual_theme(palette: Palette) -> Theme:
 def plain(line: Line) -> str:
     """The text of a line."""
     return "".join(text for text, _ in line)
+
+
+def harmless(line: Line) -> Line:
+    """The line with nothing in it that a terminal obeys."""
+    if all(text.isprintable() for text, _ in line):
+        return line
+    return tuple((visible(text.expandtabs(TAB_CELLS)), style) for text, style in line)
 
 
 def wrapped(line: Line, width: int) -> list[Line]:

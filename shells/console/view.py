@@ -2,7 +2,7 @@
 
 Both draw only the lines that are visible, keep what was drawn, and repaint single lines.
 Interface rules: both are given spans (`theme.py`), never markup; a table is given all of its rows
-and repaints those that differ, cell by cell.
+and repaints those that differ, cell by cell. Control characters are shown, never obeyed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from textual.scroll_view import ScrollView
 from textual.selection import Selection
 from textual.strip import Strip
 
-from manifold.shells.console.theme import Line, Look, Span, plain, wrapped
+from manifold.shells.console.theme import Line, Look, Span, harmless, plain, wrapped
 
 LINES_MAX = 20_000  # of a view; of 200 bytes they are 4 MB
 
@@ -36,6 +36,7 @@ def look_of(widget: ScrollView) -> Look:
 
 def strip_of(line: Line, width: int, look: Look, base: Style) -> Strip:
     """A line, as wide as it is asked to be."""
+    line = harmless(line)
     segments = [Segment(text, look.over(base, name)) for text, name in line]
     length = sum(cell_len(text) for text, _ in line)
     if length < width:
@@ -138,6 +139,7 @@ class TextView(ScrollView, can_focus=True):
         self.show(())
 
     def _wrapped(self, line: Line) -> list[Line]:
+        line = harmless(line)
         return wrapped(line, self._width) if self.wrap and self._width else [line]
 
     def _rewrap(self) -> None:
@@ -500,7 +502,7 @@ class Table(ScrollView, can_focus=True):
 def _row_line(row: Row, fit: Sequence[tuple[Column, int]]) -> Line:
     line: list[Span] = [(" ", "")]
     for column, width in fit:
-        cell = row.get(column.key, ())
+        cell = harmless(row.get(column.key, ()))
         length = sum(len(text) for text, _ in cell)
         if length > width:
             cell, length = _cut(cell, width), width

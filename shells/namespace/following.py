@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
 from manifold.kernel.errors import Unavailable
+from manifold.shells.escapes import visible_text
 from manifold.shells.namespace.logs import Entry, Logs
 from manifold.shells.namespace.table import flat
 from manifold.shells.namespace.values import bare, plain
 from manifold.shells.sdk.client import Client
+from manifold.shells.sdk.globals_calls import Reading
 
 POLL_S = 0.5
 LOG_POLL_S = 0.3
@@ -90,7 +92,11 @@ class Follower:
             before = found
 
     def register(self, key: str) -> Iterator[Change]:
-        """What it holds: its node tells of each change."""
+        """What it holds."""
+        return ((plain(each.value), bare(each.value)) for each in self.states(key))
+
+    def states(self, key: str) -> Iterator[Reading]:
+        """Of a register: its node tells of each change."""
         from manifold.shells.sdk.globals import Watch
 
         with Watch(self._client, key) as states:
@@ -99,13 +105,13 @@ class Follower:
                     reading = states.next(POLL_S)
                 except TimeoutError:
                     continue
-                yield plain(reading.value), bare(reading.value)
+                yield reading
 
 
 def told(entries: list[Entry], alone: bool) -> list[Change]:
     """Lines of logs with their values; `alone`: of one node."""
     return [
-        ({"node": alias, "line": line}, line if alone else log_line((alias, line)))
+        ({"node": alias, "line": line}, visible_text(line) if alone else log_line((alias, line)))
         for alias, line in entries
     ]
 
@@ -113,7 +119,7 @@ def told(entries: list[Entry], alone: bool) -> list[Change]:
 def log_line(entry: Entry) -> str:
     """A line of a merged log."""
     alias, line = entry
-    return f"{alias:12} {line}"
+    return visible_text(f"{alias:12} {line}")
 
 
 def _changed(before: Any, now: Any, text: str) -> str:
@@ -124,4 +130,4 @@ def _changed(before: Any, now: Any, text: str) -> str:
     differ = {key: each for key, each in flat(now) if old.get(key) != each}
     if all(key in CLOCKS for key in differ):
         return ""
-    return "\n".join(f"{key}: {each}" for key, each in differ.items())
+    return "\n".join(f"{visible_text(key)}: {each}" for key, each in differ.items())

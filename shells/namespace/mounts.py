@@ -9,29 +9,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from manifold.shells.namespace.entries import Entry, Parts
+from manifold.kernel.errors import Refused
+from manifold.kernel.nexus.messages import KEY_CHARS_MAX
+from manifold.shells.namespace.entries import Entry, Parts, path_of
 from manifold.shells.namespace.source import Source
 from manifold.shells.namespace.values import cell, shown, type_of
-from manifold.shells.sdk.globals_calls import Reading
+from manifold.shells.sdk.globals_calls import FOLDER, NAME_RULE, Reading
 
 
 class RegisterTree:
     """Registers whose keys begin with `prefix`."""
 
     def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
+        self.prefix = prefix
 
     def key(self, rest: Parts) -> str:
-        """Of the register at a path."""
-        return self._prefix + "/".join(rest)
+        """Of the register at a path; what is too long for one is refused here."""
+        key = self.prefix + "/".join(rest)
+        if len(key) > KEY_CHARS_MAX:
+            rule = f"The key of a register has at most {KEY_CHARS_MAX} characters."
+            raise Refused(
+                f"The name {path_of(rest)[1:81]}… is too long.",
+                NAME_RULE if self.prefix == FOLDER else rule,
+            )
+        return key
 
     def entries(self, source: Source, outer: Parts, rest: Parts) -> list[Entry] | None:
         """Registers and folders of them."""
-        prefix = "".join(f"{part}/" for part in rest)
+        prefix = self.key((*rest, ""))
         found: dict[str, Entry] = {}
         folders: dict[str, int] = {}
-        for key, reading in source.readings(self._prefix + prefix):
-            name, deeper, _ = key.removeprefix(self._prefix + prefix).partition("/")
+        for key, reading in source.readings(prefix):
+            name, deeper, _ = key.removeprefix(prefix).partition("/")
             if deeper:
                 folders[name] = folders.get(name, 0) + 1
             else:
@@ -46,8 +55,8 @@ class RegisterTree:
 
     def names(self, source: Source, outer: Parts, rest: Parts, begin: str) -> list[str]:
         """For completion: nothing is read; folders end in a slash."""
-        prefix = self._prefix + "".join(f"{part}/" for part in rest)
-        cut = [key.removeprefix(prefix) for key in source.keys(prefix + begin)]
+        prefix = self.key((*rest, ""))
+        cut = [key.removeprefix(prefix) for key in source.keys(self.key((*rest, begin)))]
         return list(dict.fromkeys(k.partition("/")[0] + "/" * ("/" in k) for k in cut))
 
     def value(self, source: Source, outer: Parts, rest: Parts) -> Reading:

@@ -16,6 +16,7 @@ from manifold.kernel import messages as m
 from manifold.kernel.errors import Refused
 from manifold.kernel.geode.messages import Decision
 from manifold.kernel.scheduler.messages import JobStatus
+from manifold.shells.escapes import visible_text
 from manifold.shells.namespace.entries import Entry, Kind, Parts
 from manifold.shells.namespace.mounts import Mount, RegisterTree, ValueTree
 from manifold.shells.namespace.source import Source
@@ -170,7 +171,7 @@ def _owner(source: Source, names: Parts) -> str:
 
 
 def _why_text(decisions: Sequence[Decision]) -> str:
-    return "\n".join(decision.text() for decision in decisions)
+    return visible_text("\n".join(decision.text() for decision in decisions))
 
 
 def _why_plain(decisions: Sequence[Decision]) -> list[dict[str, Any]]:
@@ -297,18 +298,18 @@ ROWS: tuple[Row, ...] = (
 
 def text_of(value: Any) -> str:
     """A value as `cat` prints it, without the last newline: `-` for null, a line for each entry of
-    a list, `key: value` for each of a dict."""
+    a list, `key: value` for each of a dict. Control characters are shown (shells/escapes.py)."""
     match value:
         case None:
             return "-"
         case bool():
             return "true" if value else "false"
         case dict():
-            return "\n".join(f"{key}: {each}" for key, each in flat(value))
+            return "\n".join(f"{visible_text(key)}: {each}" for key, each in flat(value))
         case list():
             return "\n".join(map(_word, value))
         case _:
-            return str(value)
+            return visible_text(str(value))
 
 
 def flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -25,7 +25,7 @@ from manifold.shells.namespace.entries import (
     parts_of,
     path_of,
 )
-from manifold.shells.namespace.following import Follower, Stop, log_line, told
+from manifold.shells.namespace.following import Follower, Stop, told
 from manifold.shells.namespace.logs import Warn
 from manifold.shells.namespace.mounts import Mount, RegisterTree
 from manifold.shells.namespace.source import Source
@@ -232,7 +232,7 @@ class Namespace:
         if row.kind == "log":
             node = names[0] if names else ""
             entries = source.logs(node, m.LOG_LINES_MAX).more()
-            lines = [entry[1] if node else log_line(entry) for entry in entries]
+            lines = [text for _, text in told(entries, bool(node))]
             return lines, "\n".join(lines)
         if row.read is None:
             self._hidden(row, names)

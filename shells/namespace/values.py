@@ -10,6 +10,7 @@ import json
 import re
 from typing import Any
 
+from manifold.shells.escapes import visible_json
 from manifold.shells.sdk.globals_calls import FOLDER, Reading, Value
 
 INT = re.compile(r"[+-]?[0-9]+\Z")
@@ -35,7 +36,7 @@ def shown(value: Value | None) -> str:
     plain = value.isprintable() and value.strip() == value and bool(value)
     number = INT.match(value) or FLOAT.match(value)
     odd = not plain or value[0] == '"' or value.startswith(HEX) or number
-    return json.dumps(value, ensure_ascii=False) if odd else value
+    return visible_json(json.dumps(value, ensure_ascii=False)) if odd else value
 
 
 def reading_dict(key: str, reading: Reading) -> dict[str, Any]:

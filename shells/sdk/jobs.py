@@ -90,6 +90,8 @@ class Job:
         parcels: tuple[Parcel, ...] = (),
         detach: bool = False,
     ) -> None:
+        # Text that is no UTF-8 is refused to who made the job; on the loop nobody would hear.
+        msgspec.msgpack.encode(spec)
         self.job = job or new_job()
         self.spec = spec
         self.ir = ir

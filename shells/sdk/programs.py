@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,13 +36,18 @@ def program_of(source: Source) -> Program:
         try:
             if path.stat().st_size > SOURCE_BYTES_MAX:
                 raise InvalidProgram(f"{path} is larger than {SOURCE_BYTES_MAX} bytes.")
-            program = load(path.read_bytes(), path.name)
+            program = load(path.read_bytes(), name_of(path.name))
         except OSError as error:
             raise InvalidProgram(
                 f"{path} cannot be read: {error.strerror}.", "Check the path."
             ) from error
     verify(program)
     return program
+
+
+def name_of(file: str) -> str:
+    """How a program is called after its file: text, also where that has a name of odd bytes."""
+    return os.fsencode(file).decode(errors="backslashreplace")
 
 
 def _of_kernel(source: Any) -> Program:

@@ -18,6 +18,7 @@ from manifold.kernel.scheduler.messages import JobSpec, JobStatus, Reduction
 from manifold.kernel.tasks.messages import STDIN_BYTES_MAX, CommandLine, CommandOutput, Parcel
 from manifold.shells.sdk.future import Future, cancel_here, error_of, settle
 from manifold.shells.sdk.jobs import Awaited, Job
+from manifold.shells.sdk.programs import name_of
 from manifold.vm.foreign import PROGRAM_BYTES_MAX, Foreign, load
 
 _outputs = msgspec.msgpack.Decoder(CommandOutput)
@@ -41,7 +42,7 @@ def foreign_of(path: Path) -> Foreign:
                 f"{path} has {size} bytes; a program has at most {PROGRAM_BYTES_MAX}.",
                 "Compile it with -Oz and link it with -Wl,--strip-all.",
             )
-        return load(path.read_bytes(), path.name)
+        return load(path.read_bytes(), name_of(path.name))
     except OSError as error:
         raise InvalidProgram(
             f"{path} cannot be read: {error.strerror}.", "Check the path."

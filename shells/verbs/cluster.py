@@ -7,6 +7,7 @@ import json
 import click
 
 from manifold.kernel import messages as m
+from manifold.shells.escapes import visible_text
 from manifold.shells.namespace.tables import node_dict
 from manifold.shells.verbs import completing
 from manifold.shells.verbs.common import (
@@ -100,8 +101,8 @@ def node_inspect(context: click.Context, alias: str, as_json: bool) -> None:
         return
     for name, value in found.items():
         if not isinstance(value, dict):
-            click.echo(f"{name + ':':14}{value}")
+            click.echo(visible_text(f"{name + ':':14}{value}"))
             continue
         click.echo(f"{name}:")
         for inner, each in value.items():
-            click.echo(f"  {inner + ':':18}{each}")
+            click.echo(visible_text(f"  {inner + ':':18}{each}"))

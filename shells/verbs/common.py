@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from manifold.kernel.errors import NoCluster
+from manifold.shells.escapes import visible, visible_json, visible_text
 from manifold.shells.sdk.progress import ProgressBar as ProgressBar
 from manifold.shells.sdk.progress import human_ms as human_ms
 
@@ -22,6 +24,21 @@ F = TypeVar("F", bound=Callable[..., Any])
 CLUSTER_LINE = re.compile(r"^cluster:[ ]+([a-z0-9][a-z0-9-]{0,31})[ ]*(?:#.*)?$", re.MULTILINE)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+class Finite(click.FloatRange):
+    """A number between bounds, and a number: click lets `nan` through every range."""
+
+    def convert(self, value: Any, parameter: Any, context: Any) -> float:
+        found = float(super().convert(value, parameter, context))
+        if not math.isfinite(found):
+            self.fail(f"{value!r} is no number to count with.", parameter, context)
+        return found
+
+
+def not_text(word: str) -> bool:
+    """Whether an argument is not UTF-8: Python has surrogates for such bytes."""
+    return any("\ud800" <= char <= "\udfff" for char in word)
 
 
 def cluster_name(context: click.Context) -> str:
@@ -63,8 +80,8 @@ def print_json(value: Any) -> None:
     """JSON on one line; what JSON cannot say (NaN, infinities) becomes null."""
     import msgspec
 
-    sys.stdout.write(_wide_json(value) if _has_wide(value) else msgspec.json.encode(value).decode())
-    sys.stdout.write("\n")
+    text = _wide_json(value) if _has_wide(value) else msgspec.json.encode(value).decode()
+    sys.stdout.write(f"{visible_json(text)}\n")
 
 
 def _has_wide(value: Any) -> bool:
@@ -76,6 +93,12 @@ def _has_wide(value: Any) -> bool:
 
 def _wide_json(value: Any) -> str:
     return json.dumps(value)
+
+
+def for_reader(text: str) -> str:
+    """What is somebody else's, for standard output: a terminal must not obey it, a pipe has it as
+    it is."""
+    return visible_text(text) if sys.stdout.isatty() else text
 
 
 def print_table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -95,7 +118,7 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return "-" if value is None or value == "" else str(value)
+    return "-" if value is None or value == "" else visible(str(value))
 
 
 def _numeric(text: str) -> bool:

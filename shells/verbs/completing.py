@@ -12,7 +12,7 @@ from collections.abc import Callable
 import click
 
 from manifold.kernel.errors import ManifoldError
-from manifold.shells.verbs.common import connect
+from manifold.shells.verbs.common import connect, not_text
 
 ANSWER_S = 2.0
 Completed = list[str]
@@ -21,6 +21,8 @@ Completed = list[str]
 def _asked(context: click.Context, prefix: str) -> Completed:
     """Paths that begin with `prefix`, in time or not at all."""
     found: Completed = []
+    if not_text(prefix):
+        return found  # nothing of a cluster begins so
 
     def ask() -> None:
         from manifold.shells.namespace import Namespace

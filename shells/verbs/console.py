@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from manifold.shells.verbs.common import cluster_name, json_option, print_json
+from manifold.shells.verbs.common import Finite, cluster_name, json_option, print_json
 
 PANES = ("shell", "nodes", "jobs", "map", "log")
 
@@ -50,7 +50,7 @@ def _open(context: click.Context, pane: str, read_only: bool, theme: str) -> int
 
 @click.command()
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--seconds", type=click.FloatRange(0.1), help="So long; else until Ctrl-C.")
+@click.option("--seconds", type=Finite(0.1), help="So long; else until Ctrl-C.")
 @click.option("--force", is_flag=True, help="Write over a file that is there.")
 @json_option
 @click.pass_context
@@ -78,7 +78,7 @@ def record(
 @click.command()
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
-    "--speed", type=click.FloatRange(0.01, 1000), default=1.0, show_default=True,
+    "--speed", type=Finite(0.01, 1000), default=1.0, show_default=True,
     help="How many times as fast as it was.",
 )  # fmt: skip
 @click.option("--pane", type=click.Choice(PANES), default="nodes", help="Which one to begin with.")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-import sys
 from collections.abc import Iterable, Sequence
 from typing import IO, Any
 
 import click
 import msgspec
 
+from manifold.shells.escapes import visible_json
 from manifold.shells.namespace.tables import TABLES
-from manifold.shells.verbs.common import connect
+from manifold.shells.verbs.common import connect, for_reader
+from manifold.shells.verbs.output import STDOUT, Output
 
 
 @click.command()
@@ -20,31 +21,27 @@ from manifold.shells.verbs.common import connect
 @click.option("--csv", "form", flag_value="csv", help="CSV with a header (the default).")
 @click.option("--json", "form", flag_value="json", help="A JSON array of objects.")
 @click.option(
-    "-o", "--output", metavar="FILE", type=click.Path(dir_okay=False, allow_dash=True), default="-",
+    "-o", "--output", metavar="FILE", default=STDOUT, show_default=False,
     help="Write FILE instead of standard output; .json decides for JSON.",
 )  # fmt: skip
 @click.pass_context
 def export(context: click.Context, table: str, form: str | None, output: str) -> None:
     """Write a TABLE of the cluster, as CSV or JSON."""
+    target = Output(output)
     with connect(context) as client:
         rows = TABLES[table].rows(client, lambda said: click.secho(said, fg="yellow", err=True))
     form = form or ("json" if output.endswith(".json") else "csv")
-    if output == "-":
-        _write(sys.stdout, form, TABLES[table].columns, rows)
-        return
-    # Written beside it and renamed: whoever reads FILE never sees half of it.
-    try:
-        with click.open_file(output, "w", encoding="utf-8", atomic=True) as file:
-            _write(file, form, TABLES[table].columns, rows)
-    except OSError as error:
-        raise click.FileError(output, error.strerror) from error
+    text = io.StringIO(newline="")
+    _write(text, form, TABLES[table].columns, rows)
+    target.write(text.getvalue() if output != STDOUT else for_reader(text.getvalue()))
 
 
 def _write(
     file: IO[Any], form: str, columns: Sequence[str], rows: Sequence[dict[str, Any]]
 ) -> None:
     if form == "json":
-        file.write(msgspec.json.format(msgspec.json.encode(rows), indent=1).decode() + "\n")
+        text = msgspec.json.format(msgspec.json.encode(rows), indent=1).decode()
+        file.write(visible_json(text) + "\n")
     else:
         write_csv(file, columns, rows)
 

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
+from manifold.kernel.observe.messages import LOOP, MAIN, WAITS
+
 WIDTH_PX = 1200
 MARGIN_PX = 16
 ROW_PX = 19
@@ -45,7 +47,6 @@ KINDS = {
     "waits": (220, 9, 80, "holds up the loop"),
     "thread": (96, 34, 68, "thread"),
 }
-MAIN, LOOP, WAITS = "MainThread", "(event loop)", "(waits)"  # as the node's profiler writes them
 OURS = ("kernel.", "vm.", "shells.", "tools.", "images.")
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from manifold.kernel.errors import NotFound, Refused
+from manifold.kernel.nexus.messages import KEY_CHARS_MAX
 from manifold.shells.namespace.values import (
     FLOAT,
     HEX,
@@ -36,7 +37,7 @@ from manifold.shells.sdk.globals_calls import (
 )
 from manifold.shells.sdk.registers import TIMEOUT_S
 from manifold.shells.verbs import completing
-from manifold.shells.verbs.common import connect, json_option, print_json
+from manifold.shells.verbs.common import connect, for_reader, json_option, not_text, print_json
 from manifold.shells.verbs.run import Seconds
 
 T = TypeVar("T")
@@ -80,10 +81,14 @@ class Register(click.ParamType[str]):
 
     def convert(self, value: Any, parameter: Any, context: Any) -> str:
         text = str(value)
+        if not_text(text):
+            self.fail(f"{text!r} is not UTF-8. {NAME_RULE}")
+        if self._anywhere and len(text.removeprefix(REGISTERS)) > KEY_CHARS_MAX + 1:
+            self.fail(f"{text[:80]!r}… is too long for a register. {NAME_RULE}")
         if self._anywhere and text.startswith(REGISTERS) and len(text) > len(REGISTERS):
             return text.removeprefix(REGISTERS)
         other = text.startswith("/") and not text.startswith("/" + FOLDER)
-        if other and self._anywhere and text.count("/") > 1 and len(text) <= 257:
+        if other and self._anywhere and text.count("/") > 1:
             return text[1:]
         if other and self._anywhere and text.strip("/"):
             self.fail(f"{text!r} is a folder: `manifold ls {text}` shows what is in it.")
@@ -179,7 +184,7 @@ def get(
     elif isinstance(reading.value, bytes):
         sys.stdout.buffer.write(reading.value)
     else:
-        click.echo(str(reading.value))
+        click.echo(for_reader(str(reading.value)))
 
 
 @click.command("set", cls=Valued)

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-from pathlib import Path
 from typing import Any
 
 import click
 
-from manifold.kernel.errors import ManifoldError
 from manifold.kernel.messages import NodeInfo
 from manifold.kernel.observe.messages import Metrics
 from manifold.shells.verbs.common import cluster_name, connect, json_option
+from manifold.shells.verbs.output import STDOUT, Output
 
 ID_CHARACTERS = 10  # of a KID, as `manifold node ls` shows it: enough to tell nodes apart
-
-
-class CannotWrite(ManifoldError):
-    """The file that was named cannot be written."""
-
-    code = "cannot_write"
-    exit_code = 2
 
 
 @click.command()
 @click.argument("node", default="")
 @click.option("--targets", is_flag=True, help="Every node's address, for Prometheus to scrape.")
 @click.option("--openmetrics", is_flag=True, help="As OpenMetrics 1.0.")
-@click.option("-o", "--output", default="", metavar="FILE", help="Write FILE, all of it at once.")
+@click.option(
+    "-o", "--output", default=STDOUT, metavar="FILE", help="Write FILE, all of it at once."
+)
 @json_option
 @click.pass_context
 def metrics(
@@ -43,6 +35,7 @@ def metrics(
         raise click.UsageError("--targets lists every node: it takes no NODE and no other format.")
     if as_json and openmetrics:
         raise click.UsageError("--json and --openmetrics are two formats: choose one.")
+    target = Output(output)
     with connect(context) as client:
         if targets:
             nodes = client.nodes()
@@ -55,10 +48,7 @@ def metrics(
             text = json.dumps(as_dict(client.metrics(node, "families"))) + "\n"
         else:
             text = client.metrics(node, "openmetrics" if openmetrics else "text").text
-    if output:
-        replace_file(Path(output), text)
-    else:
-        click.echo(text, nl=False)
+    target.write(text)
 
 
 def scrape_targets(nodes: tuple[NodeInfo, ...], cluster: str) -> list[dict[str, Any]]:
@@ -100,17 +90,3 @@ def as_dict(found: Metrics) -> dict[str, Any]:
             for family in found.families
         ],
     }
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file so that whoever reads it sees the old one or the new one, whole."""
-    fresh = Path(f"{path}.{os.getpid()}.new")
-    try:
-        fresh.write_text(text, encoding="utf-8")
-        fresh.replace(path)
-    except OSError as fault:
-        with contextlib.suppress(OSError):
-            fresh.unlink(missing_ok=True)
-        raise CannotWrite(
-            f"{path} cannot be written: {fault.strerror}.", "Name another file with -o."
-        ) from fault

@@ -16,8 +16,6 @@ from types import TracebackType
 class Reader:
     """Of standard output. Where that is no file of the system, it never goes."""
 
-    LOOK_S = 0.5  # between two looks, for who waits otherwise
-
     def __init__(self) -> None:
         self._poll: select.poll | None = None
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -13,8 +12,8 @@ from manifold.kernel.observe.messages import (
     PROFILE_S_MIN,
     Profile,
 )
-from manifold.shells.verbs.common import connect, json_option, print_json, print_table
-from manifold.shells.verbs.metrics import replace_file
+from manifold.shells.verbs.common import Finite, connect, json_option, print_json, print_table
+from manifold.shells.verbs.output import STDOUT, Output
 
 TOP = 10  # functions in the table
 
@@ -22,14 +21,14 @@ TOP = 10  # functions in the table
 @click.command()
 @click.argument("node")
 @click.option(
-    "--seconds", type=click.FloatRange(PROFILE_S_MIN, PROFILE_S_MAX), default=10.0,
+    "--seconds", type=Finite(PROFILE_S_MIN, PROFILE_S_MAX), default=10.0,
     show_default=True, help="How long to look.",
 )  # fmt: skip
 @click.option(
     "--hz", type=click.IntRange(1, PROFILE_HZ_MAX), default=100, show_default=True,
     help="How often in a second.",
 )  # fmt: skip
-@click.option("-o", "--output", default="", metavar="FILE", help="Instead of NODE-profile.svg.")
+@click.option("-o", "--output", default=None, metavar="FILE", help="Instead of NODE-profile.svg.")
 @click.option("--folded", is_flag=True, help="Print folded stacks, for other tools.")
 @json_option
 @click.pass_context
@@ -38,7 +37,7 @@ def profile(
     node: str,
     seconds: float,
     hz: int,
-    output: str,
+    output: str | None,
     folded: bool,
     as_json: bool,
 ) -> None:
@@ -49,20 +48,30 @@ def profile(
     """
     if folded and as_json:
         raise click.UsageError("--json and --folded are two formats: choose one.")
+    if output == STDOUT and (folded or as_json):
+        raise click.UsageError("Standard output is taken: name a FILE with -o.")
+    drawn = output is not None or not (folded or as_json)
+    if drawn:
+        Output(output if output is not None else _default(node))  # refused before it is worth it
     with connect(context) as client:
         if not (folded or as_json):
             click.echo(f"looking at {node} for {seconds:g} s", err=True)
         found = client.profile(node, seconds, hz)
-    path = Path(output or f"{found.alias}-profile.svg")
-    if output or not (folded or as_json):
-        replace_file(path, svg(found))
+    name = output if output is not None else _default(found.alias)
+    if drawn:
+        Output(name).write(svg(found))
     if as_json:
         print_json(as_dict(found))
     elif folded:
         for stack in found.stacks:
             click.echo(f"{stack.frames} {stack.count}")
-    else:
-        _say(found, path)
+    elif output != STDOUT:
+        _say(found, name)
+
+
+def _default(node: str) -> str:
+    """The file of a node, in this folder whatever the node is called."""
+    return f"{node.replace('/', '_')}-profile.svg"
 
 
 def _stacks(found: Profile) -> list[tuple[str, int]]:
@@ -99,7 +108,7 @@ def as_dict(found: Profile) -> dict[str, Any]:
     }
 
 
-def _say(found: Profile, path: Path) -> None:
+def _say(found: Profile, path: str) -> None:
     from manifold.shells.verbs.flame import busy, hot
 
     rows = [

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from manifold.kernel.errors import ManifoldError
 from manifold.kernel.geode.messages import Demand
+from manifold.shells.escapes import visible_text
 from manifold.shells.verbs import completing
 from manifold.shells.verbs.common import (
     ProgressBar,
@@ -227,10 +228,12 @@ def run(
     if PASSED in context.meta:
         runner = RUNNERS[Path(file).suffix]
         return int(_named(runner.target)(context, file, context.meta[PASSED]))
+    from manifold.shells.sdk.programs import name_of
+
     demand = Demand(node_class=node_class, node=on_node, needs_gpu=gpu)
     options: dict[str, Any] = {
         "reduce": how, "arguments": arguments, "timeout_ms": timeout * 1000, "demand": demand,
-        "name": file, "detach": detach,
+        "name": name_of(file), "detach": detach,
     }  # fmt: skip
     start_job = _starter(file, span, entry, options)
     with attached(context, start) as client:
@@ -308,4 +311,4 @@ def _show(future: Any, result: Any, decisions: Any, as_json: bool) -> None:
         err=True,
     )
     for decision in decisions:
-        click.echo(decision.text())
+        click.echo(visible_text(decision.text()))

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from manifold.shells.escapes import visible
+from manifold.shells.namespace.following import Follower
+from manifold.shells.namespace.table import REGISTERS
 from manifold.shells.namespace.values import (
     cell,
     line,
@@ -22,7 +25,14 @@ from manifold.shells.namespace.values import (
     type_of,
 )
 from manifold.shells.sdk.globals_calls import FOLDER
-from manifold.shells.verbs.common import connect, json_option, print_json, print_table
+from manifold.shells.verbs.common import (
+    connect,
+    for_reader,
+    json_option,
+    not_text,
+    print_json,
+    print_table,
+)
 from manifold.shells.verbs.completing import paths
 from manifold.shells.verbs.globals import (
     Register,
@@ -35,8 +45,6 @@ if TYPE_CHECKING:
     from manifold.shells.namespace import Namespace
 
 GLOBALS = f"/{FOLDER}"
-# Folders whose names are keys of registers, and what such keys begin with.
-KEYS = {"/globals": FOLDER, "/cluster": "cluster/", "/registers": ""}
 PREFIX_CHARS_MAX = 250
 
 
@@ -49,6 +57,8 @@ class Path(click.ParamType[str]):
         text = str(value)
         if not text:
             self.fail("a path is not empty: `manifold ls /` shows what there is.")
+        if not_text(text):
+            self.fail(f"{text!r} is not UTF-8: no path of a cluster is written so.")
         return text if text.startswith("/") else GLOBALS + text
 
 
@@ -62,7 +72,7 @@ def opened(context: click.Context, **options: Any) -> Iterator[tuple[Any, Namesp
 
 
 def _warn(sentence: str) -> None:
-    click.secho(sentence, fg="yellow", err=True)
+    click.secho(visible(sentence), fg="yellow", err=True)
 
 
 # -- ls -------------------------------------------------------------------------------------------
@@ -85,7 +95,7 @@ def ls(
     """
     root = "/" + path.strip("/").partition("/")[0]
     with opened(context, stale=stale, timeout_s=timeout) as (client, space):
-        if root in KEYS:
+        if root in REGISTERS:
             prefix = _prefix(path, root)
             calls = client.calls_of_globals
             found, strength = client.connection.call(calls.items(prefix, timeout, stale))
@@ -105,7 +115,7 @@ def ls(
     else:
         for entry in entries:
             slash = "/" if entry.kind == "folder" and folder else ""
-            click.echo(f"{entry.name}{slash}" if folder else f"/{entry.name}")
+            click.echo(visible(f"{entry.name}{slash}" if folder else f"/{entry.name}"))
 
 
 def _prefix(path: str, root: str) -> str:
@@ -113,7 +123,7 @@ def _prefix(path: str, root: str) -> str:
     rest = path.removeprefix(root).removeprefix("/")
     if len(rest) > PREFIX_CHARS_MAX or rest.startswith("/") or "//" in rest:
         raise click.BadParameter(f"{path!r} is no path: /globals, /globals/PREFIX or /.")
-    return KEYS[root] + rest
+    return REGISTERS[root].prefix + rest
 
 
 def _print_registers(path: str, prefix: str, found: Any, strength: str, as_json: bool) -> None:
@@ -128,7 +138,7 @@ def _print_registers(path: str, prefix: str, found: Any, strength: str, as_json:
         print_table(["name", "value", "type", "version"], rows)
     count = f"{len(found):,} name{'' if len(found) == 1 else 's'}" if found else "nothing"
     where = f"/{prefix}".rstrip("/") if prefix else path.rstrip("/")
-    click.secho(f"{count} under {where}  ({strength})", dim=True)
+    click.secho(visible(f"{count} under {where}  ({strength})"), dim=True)
 
 
 # -- cat, tail, watch -----------------------------------------------------------------------------
@@ -155,7 +165,7 @@ def cat(
             print_json(values[where[0]] if len(where) == 1 else values)
             return
         for path in where:
-            sys.stdout.write(space.read(path))
+            sys.stdout.write(for_reader(space.read(path)))
 
 
 @click.command()
@@ -181,7 +191,7 @@ def _say(value: object, text: str, as_json: bool) -> None:
     if as_json:
         print_json(value)
     else:
-        click.echo(text)
+        click.echo(for_reader(text))
     sys.stdout.flush()
 
 
@@ -199,9 +209,11 @@ def watch(context: click.Context, path: str, count: int | None, as_json: bool) -
     from itertools import islice
 
     key = _register(path, context)
+    lines: Iterator[tuple[object, str]]
     with opened(context) as (client, space), Reader() as reader:
         if key is not None:
-            lines = _readings(client, key, reader)
+            states = Follower(client, reader).states(key)
+            lines = ((reading_dict(key, each), line(short_name(key), each)) for each in states)
         else:
             full = Path().convert(path, None, context)
             lines = _changes(space.changes(full, last=0, stop=reader), full, space.kind(full))
@@ -213,22 +225,10 @@ def _register(path: str, context: click.Context) -> str | None:
     """The key that is meant, where it is a register and no folder of them."""
     root = "/" + path.strip("/").partition("/")[0]
     bare = not path.startswith("/")
-    if not bare and (root not in KEYS or path.endswith("/") or path == root):
+    if not bare and (root not in REGISTERS or path.endswith("/") or path == root):
         return None
     key: str = Register(anywhere=True).convert(path, None, context)
     return key
-
-
-def _readings(client: Any, key: str, reader: Reader) -> Iterator[tuple[object, str]]:
-    from manifold.shells.sdk.globals import Watch
-
-    with Watch(client, key) as states:
-        while not reader.wait(0):
-            try:
-                reading = states.next(reader.LOOK_S)
-            except TimeoutError:
-                continue
-            yield reading_dict(key, reading), line(short_name(key), reading)
 
 
 def _changes(

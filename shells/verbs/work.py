@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from manifold.kernel.scheduler.messages import JobStatus
+from manifold.shells.escapes import visible_text
 from manifold.shells.namespace.tables import job_dict
 from manifold.shells.verbs import completing
 from manifold.shells.verbs.common import (
@@ -106,7 +107,7 @@ def why(context: click.Context, task: str, as_json: bool) -> None:
         print_json([decision.to_dict() for decision in decisions])
         return
     for decision in decisions:
-        click.echo(decision.text())
+        click.echo(visible_text(decision.text()))
 
 
 def _job_id(text: str) -> str:

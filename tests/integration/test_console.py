@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +22,8 @@ from manifold.shells.console.app import Console
 from manifold.shells.console.pager import Pager
 from manifold.shells.console.theme import plain
 
+ROOT = Path(__file__).parents[2]
+OBEYED = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # by a terminal
 LOOK_S = 0.05
 WAIT_S = 40.0  # the machine may be busy with other tests
 Driven = Callable[[Any], Awaitable[None]]
@@ -114,6 +118,54 @@ def test_wrong_verbs_suggest_the_nearest_and_wrong_arguments_show_the_usage(
         assert "Traceback" not in printed(app)
 
     drive(cluster.environ, steps)
+
+
+def test_a_jobs_name_that_writes_the_clipboard_is_seen_and_never_obeyed(
+    manifold_cluster: Any, tmp_path: Path
+) -> None:
+    cluster = manifold_cluster(1)
+    program = tmp_path / "a\x1b]52;c;aGk=\x07\x9b31m\u202e.ent"
+    program.write_bytes((ROOT / "examples" / "collatz.ent").read_bytes())
+    seen = r"a\x1b]52;c;aGk=\x07\x9b31m\u202e.ent"
+
+    def manifold(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "manifold", *arguments], env=cluster.environ,
+            capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        said = done.stdout + done.stderr
+        assert not OBEYED.search(said), repr(said)
+        return said
+
+    manifold("run", str(program), "--range", "1:100", "--why")
+    job = json.loads(manifold("jobs", "--all", "--json"))[0]["job"]
+    assert seen in manifold("jobs", "--all")
+    assert seen in manifold("ls", "-l", "/jobs")
+    assert seen in manifold("cat", f"/jobs/{job}/status")
+    assert job in manifold("why", job)
+    assert r"clip\x1b]52;c;aGk=\x07" in manifold("cat", "/nodes/clip\x1b]52;c;aGk=\x07/cpu")
+
+    value = "said\x1b]52;c;aGk=\x07"
+    manifold("set", "motd", value)
+    piped = subprocess.run(
+        [sys.executable, "-m", "manifold", "cat", "motd"], env=cluster.environ,
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert piped.stdout == f"{value}\n"  # a pipe has it as it is
+
+    async def steps(pilot: Pilot[Any]) -> None:
+        app = await attached(pilot, 1)
+        await pilot.press("f4")
+        await until(pilot, lambda: seen[:9] in screen(app), "the name is seen")
+        assert not OBEYED.search(screen(app))
+        await pilot.press("f2")
+        await enter(pilot, "ls -l /jobs")
+        await until(pilot, lambda: seen in screen(app), "the name is printed")
+        await enter(pilot, "cat motd")
+        await until(pilot, lambda: r"said\x1b]52;c;aGk=\x07" in screen(app), "a value is printed")
+        assert not OBEYED.search(screen(app))
+
+    drive(cluster.environ, steps, size=(160, 30))
 
 
 def test_a_job_run_at_the_prompt_is_seen_in_the_jobs_pane_and_killed_by_a_key(

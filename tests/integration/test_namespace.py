@@ -352,6 +352,17 @@ def test_refusals_have_an_exit_status_and_a_sentence(
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("path", ["/globals/", "", "/registers/", "/cluster/", "/globals/a/"])
+@pytest.mark.parametrize("verb", ["cat", "tail", "watch", "get"])
+def test_a_name_that_is_too_long_is_refused_with_the_rule(
+    shell: Shell, verb: str, path: str
+) -> None:
+    found, printed, said = shell(verb, path + "x" * 300)
+    assert (found in (2, 4), printed) == (True, "")
+    assert "A name has 1 to 128" in said or "has at most 256 characters" in said
+    assert shell.complete(f"manifold {verb} {path}{'x' * 300}") == []
+
+
 def test_tail_prints_the_last_lines_of_a_log_and_of_anything(shell: Shell) -> None:
     lines = shell.ok("tail", "-n", "3", "/log").splitlines()
     assert len(lines) == 3

@@ -242,6 +242,13 @@ def test_csv_has_a_header_and_as_many_cells_in_each_line(rows: list[dict[str, An
             assert line[1] == row["b"]["c"]
 
 
+def test_csv_has_cells_as_they_are_and_the_page_says_so_of_formulas() -> None:
+    file = io.StringIO()
+    write_csv(file, ["name"], [{"name": f"{first}1+1"} for first in "=+-@"])
+    assert file.getvalue().splitlines()[1:] == ["=1+1", "+1+1", "-1+1", "@1+1"]
+    assert "CSV has cells that begin with `=`, `+`, `-`" in PAGE.read_text()
+
+
 def test_every_table_has_columns_that_are_named_once() -> None:
     assert list(TABLES) == ["nodes", "jobs", "processes", "globals", "voters", "log"]
     for table in TABLES.values():

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from manifold.kernel.observe import profiler
-from manifold.kernel.observe.messages import STACK_CHARACTERS_MAX
-from manifold.kernel.observe.profiler import WAITS, Found, Profiler, name_of
+from manifold.kernel.observe.messages import STACK_CHARACTERS_MAX, WAITS
+from manifold.kernel.observe.profiler import Found, Profiler, name_of
 from manifold.kernel.observe.render import render
 
 

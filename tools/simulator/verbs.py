@@ -10,7 +10,7 @@ import msgspec
 
 from manifold.kernel.errors import ConfigError
 from manifold.kernel.limits import NODES_MAX
-from manifold.shells.verbs.common import json_option, print_json
+from manifold.shells.verbs.common import Finite, json_option, print_json
 from manifold.tools.simulator.run import Report, simulate
 
 QUIET_S = 2.0  # progress is told this often at most
@@ -27,7 +27,11 @@ QUIET_S = 2.0  # progress is told this often at most
     show_default=True,
     help="none, light or heavy, and KEY=VALUE behind commas: light,drop=0.1,crash=6.",
 )
-@click.option("--duration", type=float, help="Seconds of virtual time until all is healed.")
+@click.option(
+    "--duration",
+    type=Finite(0.0, min_open=True),
+    help="Seconds of virtual time until all is healed.",
+)
 @click.option("--core", is_flag=True, help="Heal a random majority only.")
 @click.option("--only", type=click.Choice(["membership"]), help="Leave the other protocols out.")
 @click.option(

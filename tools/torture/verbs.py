@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from manifold.kernel.nexus.configs import VOTERS_MAX
-from manifold.shells.verbs.common import json_option, print_json
+from manifold.shells.verbs.common import Finite, json_option, print_json
 from manifold.tools.torture.run import Options, Report, torture
 
 
@@ -23,7 +23,7 @@ def verb() -> None:
 @verb.command()
 @click.option("--seed", type=int, default=1, show_default=True, help="Of the nemesis' plan.")
 @click.option(
-    "--seconds", type=click.FloatRange(1.0, 86_400.0), default=30.0, show_default=True,
+    "--seconds", type=Finite(1.0, 86_400.0), default=30.0, show_default=True,
     help="Until everything is healed.",
 )  # fmt: skip
 @click.option("--nodes", type=click.IntRange(1, 16), default=7, show_default=True, help="How many.")

@@ -13,7 +13,7 @@ from textual.widgets import Static
 from manifold.shells.console.completing import Completer
 from manifold.shells.console.history import History
 from manifold.shells.console.prompt import Prompt
-from manifold.shells.console.theme import Line, Span
+from manifold.shells.console.theme import Line, Span, harmless
 from manifold.shells.console.view import TextView
 
 MENU_ROWS_MAX = 5
@@ -32,7 +32,8 @@ class Lines(Static):
 
         look = getattr(self.app, "look")  # noqa: B009
         text = Text("\n").join(
-            Text.assemble(*((part, look.style(style)) for part, style in line)) for line in lines
+            Text.assemble(*((part, look.style(style)) for part, style in harmless(line)))
+            for line in lines
         )
         text.no_wrap = True
         self.display = bool(lines)
