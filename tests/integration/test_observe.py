@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from manifold.kernel.errors import Busy, ManifoldError, Unavailable
@@ -232,12 +233,13 @@ def test_a_node_without_a_descriptor_left_tells_what_it_can_and_lives(
     pid, address = cluster.pid(alias), client.metrics().address
     host, _, port = address.partition(":")
 
-    def open_fds() -> int:
-        return len(os.listdir(f"/proc/{pid}/fd"))
-
-    before = open_fds()
     with socket.create_connection((host, int(port)), 10) as connection:
-        eventually(lambda: open_fds() > before, "the connection is not taken")
+
+        def taken() -> bool:
+            own = connection.getsockname()
+            return own in [each.raddr for each in psutil.Process(pid).net_connections("tcp4")]
+
+        eventually(taken, "the connection is not taken")
         limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limits[1]))
         connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
