@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import Vertical
+from textual.message import Message
 
 from manifold.shells.console.model import Model
 from manifold.shells.console.panes.listing import ListingPane
@@ -24,6 +26,17 @@ from manifold.shells.console.view import Row, TextView
 CHART_ROWS_MIN, CHART_ROWS_MAX = 5, 16
 
 
+class Chart(TextView):
+    """What is drawn for its width, and so again when that is another."""
+
+    class Resized(Message):
+        """It has another size now."""
+
+    def on_resize(self, event: events.Resize) -> None:
+        super().on_resize(event)
+        self.post_message(self.Resized())
+
+
 class NodesPane(ListingPane):
     """Every node that is known, how it is and what it does."""
 
@@ -34,7 +47,7 @@ class NodesPane(ListingPane):
 
     def __init__(self, id: str, model: Callable[[], Model], now_ms: Callable[[], int]) -> None:
         super().__init__(id, model, now_ms)
-        self.chart = TextView(id="nodes-chart", wrap=False)
+        self.chart = Chart(id="nodes-chart", wrap=False)
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="left"):
@@ -53,10 +66,13 @@ class NodesPane(ListingPane):
         room = self.size.height - len(self.table.keys) - 2
         height = min(CHART_ROWS_MAX, room) if room >= CHART_ROWS_MIN and self.table.keys else 0
         chart.styles.height = height
-        if height:
-            lines = cluster_chart(self.model(), self.table.size.width, height)
+        if height and chart.size.width:
+            lines = cluster_chart(self.model(), chart.size.width, height)
             if lines != chart.lines:
                 chart.show(lines, keep=True)
+
+    def on_chart_resized(self) -> None:
+        self.update_rows()
 
     def rows(self) -> list[tuple[str, Row]]:
         return node_rows(self.model(), self.now_ms())
