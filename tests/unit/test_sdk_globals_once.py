@@ -95,6 +95,7 @@ class Line:
     identity = "C-0123456789abcdef"
 
     def __init__(self, cluster: Cluster) -> None:
+        self.on_leave: list[Any] = []
         self.loop = Clock(cluster)
 
     async def request(self, *_: object) -> object:
