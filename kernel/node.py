@@ -141,6 +141,7 @@ class Node:
         self.commits = disk.Commits(
             folder / disk.FOLDER, files, opened, records, self.loop, self.perform,
             self._voter_stopped, lambda: self.bus.flush(),
+            lambda: self.core.nexus.operations,
         )  # fmt: skip
         self.core = Core(
             self._me(), spec.config, Random(SystemRandom().getrandbits(64)),

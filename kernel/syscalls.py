@@ -33,19 +33,21 @@ _STATES = {
     State.DEAD: "dead",
     State.LEFT: "left",
 }
-_ASKED = (
-    m.GetNode,
-    m.AllNodes,
-    m.GetInventory,
-    m.AllJobs,
-    m.GetProcesses,
-    m.AllProcesses,
-    m.ReadLog,
-    m.SetLink,
-    m.ClearLinks,
-    m.Bye,
-    GetMetrics,
-    ProfileNode,
+_ASKED = frozenset(
+    {
+        m.GetNode,
+        m.AllNodes,
+        m.GetInventory,
+        m.AllJobs,
+        m.GetProcesses,
+        m.AllProcesses,
+        m.ReadLog,
+        m.SetLink,
+        m.ClearLinks,
+        m.Bye,
+        GetMetrics,
+        ProfileNode,
+    }
 )
 
 
@@ -55,7 +57,7 @@ class SystemCalls:
         self._looking: dict[asyncio.Future[Any], Member] = {}  # relayed: at whom
 
     def serves(self, body: Any) -> bool:
-        return isinstance(body, _ASKED)
+        return type(body) in _ASKED
 
     def serve(self, incoming: Incoming) -> None:
         """Answer, now or when everybody was heard."""

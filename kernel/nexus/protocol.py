@@ -216,6 +216,11 @@ class Nexus:
         """Who votes, as far as this node knows."""
         return self.proposer.config
 
+    @property
+    def operations(self) -> int:
+        """Wishes of clients and other nodes that wait here, and those that others propose for us."""
+        return self.proposer.operations + self.forwarding.under_way
+
     def fence(self, key: str, holder: str, now_ms: float) -> Ballot | None:
         """The token of a lease that is held here now; None: act no more."""
         self.context.now_ms = max(self.context.now_ms, now_ms)
@@ -234,7 +239,7 @@ class Nexus:
             stopped=self.acceptor.stopped,
             why=self._why,
             keys=len(self.acceptor.rows),
-            operations=self.proposer.operations + self.forwarding.under_way,
+            operations=self.operations,
             step=drive.step if drive is not None and drive.target is not None else "",
         )
 

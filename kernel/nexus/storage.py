@@ -156,14 +156,24 @@ class Storage:
         if not changes:
             return
         payload, live_bytes = self._fitting(changes)
-        with self._last_unless_done():
-            self._file.make_room(self._files, self._sizes.room_bytes, len(payload))
-            self._file.add(self._files, frames.BATCH, payload)
-            self._files.sync(self._file.handle)
-            frames.apply(self._records, changes)
-            self._live_bytes = live_bytes
-            self._free_in_steps()
-            self._replace_in_steps(changes, len(payload))
+        # Whatever cuts this short, an interrupt included, nothing is written after it (S2).
+        self._finished = "a batch was cut short"
+        try:
+            self._write(payload, live_bytes, changes)
+        except OSError as fault:
+            refusal = _refused(self._folder, fault)
+            self._finished = f"earlier, {refusal.message[0].lower()}{refusal.message[1:-1]}"
+            raise refusal from fault
+        self._finished = ""
+
+    def _write(self, payload: bytes, live_bytes: int, changes: Sequence[Change]) -> None:
+        self._file.make_room(self._files, self._sizes.room_bytes, len(payload))
+        self._file.add(self._files, frames.BATCH, payload)
+        self._files.sync(self._file.handle)
+        frames.apply(self._records, changes)
+        self._live_bytes = live_bytes
+        self._free_in_steps()
+        self._replace_in_steps(changes, len(payload))
 
     def close(self) -> None:
         """Give the folder back; everything is durable already. Nothing happens the second time."""
@@ -182,18 +192,6 @@ class Storage:
             raise NotDurable(
                 f"The storage in {self._folder} has stopped: {self._finished}.", "Open it again."
             )
-
-    @contextmanager
-    def _last_unless_done(self) -> Iterator[None]:
-        """Whatever cuts the body short, an interrupt included, nothing is written after it (S2)."""
-        self._finished = "a batch was cut short"
-        try:
-            with _refusals(self._folder):
-                yield
-        except NotDurable as refusal:
-            self._finished = f"earlier, {refusal.message[0].lower()}{refusal.message[1:-1]}"
-            raise
-        self._finished = ""
 
     def _fitting(self, changes: Sequence[Change]) -> tuple[bytes, int]:
         """The batch in bytes, and the size of all records after it."""
@@ -415,10 +413,14 @@ def _refusals(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as fault:
-        advice = {
-            errno.ENOSPC: "Free space on it, then start the voter again.",
-            errno.EDQUOT: "Free space or raise the quota, then start the voter again.",
-            errno.EROFS: "Make it writable, then start the voter again.",
-            errno.EACCES: "Run as the owner of the folder.",
-        }.get(fault.errno or 0, "Check the disk before the voter is started again.")
-        raise NotDurable(f"The disk refused {folder}: {fault.strerror}.", advice) from fault
+        raise _refused(folder, fault) from fault
+
+
+def _refused(folder: Path, fault: OSError) -> NotDurable:
+    advice = {
+        errno.ENOSPC: "Free space on it, then start the voter again.",
+        errno.EDQUOT: "Free space or raise the quota, then start the voter again.",
+        errno.EROFS: "Make it writable, then start the voter again.",
+        errno.EACCES: "Run as the owner of the folder.",
+    }.get(fault.errno or 0, "Check the disk before the voter is started again.")
+    return NotDurable(f"The disk refused {folder}: {fault.strerror}.", advice)
