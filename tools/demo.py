@@ -63,6 +63,7 @@ def main() -> int:
         f"({time.monotonic() - began:.0f} s in total)")  # fmt: skip
     say("\nnext:  .venv/bin/manifold up --nodes 16 --detach")
     say("       .venv/bin/manifold run examples/mandelbrot.ent --range 0:40 --json")
+    say("       .venv/bin/manifold console")
     say("       .venv/bin/manifold node ls;  .venv/bin/manifold down")
     say("\nor paste three lines into .venv/bin/python:\n")
     say("\n".join(f"    {line}" for line in TRY))

@@ -218,7 +218,7 @@ class Nexus:
 
     @property
     def operations(self) -> int:
-        """Wishes of clients and other nodes that wait here, and those that others propose for us."""
+        """Wishes that wait here, and ours that others propose."""
         return self.proposer.operations + self.forwarding.under_way
 
     def fence(self, key: str, holder: str, now_ms: float) -> Ballot | None:
