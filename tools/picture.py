@@ -17,7 +17,7 @@ from rich.console import Console as Terminal
 from rich.text import Text
 
 from manifold.shells.console.app import Console
-from manifold.tools.bench.scratch import environment
+from manifold.tools.bench.scratch import COLLATZ, environment
 from manifold.tools.emulator.testing import TestCluster
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -50,8 +50,11 @@ async def console(environ: dict[str, str], name: str) -> None:
     """Screens of a console while the cluster computes."""
     app = Console(name, environ, pane="nodes")
     async with app.run_test(size=CONSOLE_SIZE) as pilot:
-        app.entering.enter("run examples/collatz.ent --range 1:100000000 --reduce sum")
+        while app.model.slots()[1] < CONSOLE_NODES:  # before it knows the cluster it asks whether
+            await pilot.pause(LOOK_S)
+        app.entering.enter(f"run {COLLATZ} --range 1:1000000000 --reduce sum")
         while app.model.slots()[0] < CONSOLE_NODES or len(app.model.total_busy()) < CONSOLE_LOOKS:
+            assert app.entering.running is not None, "the job ended before there was a picture"
             await pilot.pause(LOOK_S)
         for pane, target in (("nodes", "console.svg"), ("map", "console-map.svg")):
             app.action_pane(pane)
