@@ -162,6 +162,12 @@ def walk(space: Namespace, path: str = "/") -> Iterator[tuple[str, Entry]]:
             yield from walk(space, inner)
 
 
+def kinds_now(space: Namespace, path: str) -> set[str]:
+    """How the folder lists it by now: registers of a job that runs come and go."""
+    folder, _, name = path.rstrip("/").rpartition("/")
+    return {each.kind for each in space.list(folder or "/") if each.name.rstrip("/") == name}
+
+
 # -- the tree -------------------------------------------------------------------------------------
 
 
@@ -177,8 +183,9 @@ def test_everything_that_is_listed_can_be_read_and_completed(
         texts = {}
         for path, entry in seen.items():
             assert entry.summary or "inventory" in path, path
-            assert space.kind(path) == entry.kind, path
-            if entry.kind == "folder":
+            kind = space.kind(path)
+            assert kind == entry.kind or kind in kinds_now(space, path), path
+            if kind == "folder":
                 if not path.endswith("/"):  # else it is a file as well
                     with pytest.raises(Refused, match="is a folder"):
                         space.read(path)
