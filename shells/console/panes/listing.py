@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -67,17 +68,21 @@ class ListingPane(Horizontal):
 
     # -- what a subclass says ---------------------------------------------------------------------
 
+    @abstractmethod
     def rows(self) -> list[tuple[str, Row]]:
-        raise NotImplementedError
+        """The key and the cells of each."""
 
+    @abstractmethod
     def sort_key(self, column: str) -> Callable[[str], Any]:
-        raise NotImplementedError
+        """What rows are sorted by, of a key."""
 
+    @abstractmethod
     def page_of(self, key: str, width: int) -> list[Line]:
-        raise NotImplementedError
+        """The page of a row."""
 
+    @abstractmethod
     def empty(self) -> tuple[Line, ...]:
-        raise NotImplementedError
+        """What stands there where no row is."""
 
     # -- showing ----------------------------------------------------------------------------------
 
