@@ -62,10 +62,7 @@ class Target:
         return found
 
     def pusher(self, plane: Plane) -> socket.socket:
-        raw = self.stack.enter_context(socket.socket(socket.AF_UNIX))
-        raw.settimeout(5)
-        raw.connect(sockets.path(self.address, plane))
-        return raw
+        return self.stack.enter_context(connected(sockets.path(self.address, plane)))
 
     def push(self, push: socket.socket, data: bytes) -> None:
         with suppress(BrokenPipeError, ConnectionResetError):  # the node has had enough of it
@@ -344,6 +341,16 @@ def test_many_who_ask_for_a_reverse_channel_get_few(target: Target) -> None:
 # -- below the frames -----------------------------------------------------------------------------
 
 
+def connected(path: str, timeout_s: int = 5) -> socket.socket:
+    """Connect, and wait while the listener's queue is full: with a timeout of Python's, that would
+    be refused at once (connect(2), EAGAIN)."""
+    raw = socket.socket(socket.AF_UNIX)
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", timeout_s, 0))
+    raw.connect(path)
+    raw.settimeout(timeout_s)
+    return raw
+
+
 def every_socket(target: Target) -> list[str]:
     return [f"{target.path}{ending}" for ending in (".d", ".c", ".a")]
 
@@ -405,9 +412,7 @@ def test_a_frame_that_comes_byte_by_byte_or_never_ends_costs_nobody_else_anythin
 def test_more_connections_than_are_held_keep_nobody_out(target: Target) -> None:
     with ExitStack() as held:
         for number in range(CONNECTIONS_MAX + 100):
-            raw = held.enter_context(socket.socket(socket.AF_UNIX))
-            raw.settimeout(5)
-            raw.connect(sockets.path(target.address, Plane.CONTROL))
+            held.enter_context(connected(sockets.path(target.address, Plane.CONTROL)))
             if number % 200 == 0:
                 target.check()
         descriptors = len(os.listdir(f"/proc/{target.before.pid}/fd"))
