@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from manifold.kernel.clock import JUMP_MS_MAX, RATE_MAX, RATE_MIN
 from manifold.kernel.geode.messages import LoadReport
 from manifold.kernel.hyperbus import messages as hyperbus
 from manifold.kernel.membership import messages as membership
@@ -132,6 +133,13 @@ class ClearLinks(msgspec.Struct, frozen=True, array_like=True, tag="n.heal"):
     """Answered by `Done`: every rule of `SetLink` is lifted."""
 
 
+class SkewClock(msgspec.Struct, frozen=True, array_like=True, tag="n.clock"):
+    """Answered by `Done`: the node's clock goes ahead by `jump_ms` and then at `rate`."""
+
+    jump_ms: Annotated[float, Meta(ge=0, le=JUMP_MS_MAX)] = 0.0
+    rate: Annotated[float, Meta(ge=RATE_MIN, le=RATE_MAX)] = 1.0
+
+
 class Done(msgspec.Struct, frozen=True, array_like=True, tag="n.done"):
     """It was done; `what` says what, for people."""
 
@@ -158,6 +166,7 @@ Message = (
     | LogLines
     | SetLink
     | ClearLinks
+    | SkewClock
     | Done
     | Bye
 )

@@ -24,6 +24,7 @@ from typing import Any
 import msgspec
 
 from manifold.kernel import durable, identity, places, traces
+from manifold.kernel.clock import Clock
 from manifold.kernel.config import Config
 from manifold.kernel.consulting import Consulting
 from manifold.kernel.core import NEXUS_REQUESTS, REQUESTS, Core
@@ -121,9 +122,12 @@ class Node:
         self.logbook = logbook
         self.loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[int] = self.loop.create_future()
+        self.clock = Clock(self.loop)
+        self.now_ms = self.clock.now_ms
         self.started_ms = self.now_ms()
         self._control: Channel[FromSupervisor] = Channel(control, FromSupervisor)
         self._timer: asyncio.TimerHandle | None = None
+        self._due_ms = 0.0  # when it is to wake us
         self._clients_checked: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._disk = asyncio.Lock()
@@ -187,9 +191,6 @@ class Node:
             str(state.parent / places.SPOOL),
             places.environ_of(spec.config.cluster, state.parent, runtime),
         )  # fmt: skip
-
-    def now_ms(self) -> float:
-        return self.loop.time() * 1000
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -384,9 +385,7 @@ class Node:
     def _perform_one(self, effect: Effect) -> None:
         match effect:
             case SetTimer(at_ms=at_ms):
-                if self._timer is not None:
-                    self._timer.cancel()
-                self._timer = self.loop.call_at(at_ms / 1000, self._tick, at_ms)
+                self._wake_at(at_ms)
             case Notify(event=event):
                 self._notified(event)
             case Held(persist=Persist(name=name)):
@@ -398,6 +397,18 @@ class Node:
                 self.consulting.answered(effect)
             case Persist():
                 raise AssertionError("never emitted by the core")
+
+    def _wake_at(self, at_ms: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due_ms = at_ms
+        self._timer = self.loop.call_at(self.clock.loop_s(at_ms), self._tick, at_ms)
+
+    def skew_clock(self, jump_ms: float, rate: float) -> None:
+        """For tests: see `Clock.skew`."""
+        self.clock.skew(jump_ms, rate)
+        if self._timer is not None:
+            self._wake_at(self._due_ms)
 
     def _tick(self, due_ms: float) -> None:
         self._timer = None

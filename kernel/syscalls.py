@@ -44,6 +44,7 @@ _ASKED = frozenset(
         m.ReadLog,
         m.SetLink,
         m.ClearLinks,
+        m.SkewClock,
         m.Bye,
         GetMetrics,
         ProfileNode,
@@ -83,6 +84,9 @@ class SystemCalls:
             case m.ClearLinks():
                 node.bus.filter.clear()
                 node.bus.reply(incoming, m.Done("every link is whole"))
+            case m.SkewClock(jump_ms=jump_ms, rate=rate):
+                node.skew_clock(jump_ms, rate)
+                node.bus.reply(incoming, m.Done("the clock is set"))
             case GetMetrics() | ProfileNode():
                 node.observatory.serve(incoming)
             case m.Bye():

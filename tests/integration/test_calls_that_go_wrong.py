@@ -36,12 +36,12 @@ PAUSE = threading.Event()  # never set
 
 @pytest.fixture
 def start(
-    manifold_cluster: Callable[..., TestCluster], tmp_path: Path
+    manifold_clusters: Callable[..., TestCluster], tmp_path: Path
 ) -> Callable[..., TestCluster]:
     def started(nodes: int = 1) -> TestCluster:
         config = tmp_path / "manifold.yaml"
         config.write_text(CLASSES)
-        return manifold_cluster(nodes, config=config)
+        return manifold_clusters(nodes, config=config)
 
     return started
 

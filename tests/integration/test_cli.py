@@ -87,9 +87,9 @@ def shell(cluster: TestCluster, tmp_path: Path) -> Shell:
 
 
 @pytest.fixture
-def alone(cluster_environment: Environment, tmp_path: Path) -> Iterator[Shell]:
+def alone(manifold_environment: Environment, tmp_path: Path) -> Iterator[Shell]:
     """Where no cluster is up (and none is left up)."""
-    shell = Shell(cluster_environment, tmp_path)
+    shell = Shell(manifold_environment, tmp_path)
     yield shell
     shell.ok("down", "--yes")
 

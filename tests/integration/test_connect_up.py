@@ -37,12 +37,12 @@ def until(condition: Callable[[], object], what: str) -> None:
 
 
 @pytest.fixture
-def environment(cluster_environment: Environment) -> Iterator[Environment]:
+def environment(manifold_environment: Environment) -> Iterator[Environment]:
     """Of a program that nobody named a cluster for; in the end nothing may be left."""
-    del cluster_environment["MANIFOLD_CLUSTER"]
-    yield cluster_environment
-    found = left(cluster_environment)
-    for pid in processes(cluster_environment):  # a test that failed leaves nothing either
+    del manifold_environment["MANIFOLD_CLUSTER"]
+    yield manifold_environment
+    found = left(manifold_environment)
+    for pid in processes(manifold_environment):  # a test that failed leaves nothing either
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     assert not found, f"left behind: {found}"

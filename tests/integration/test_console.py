@@ -79,8 +79,8 @@ async def attached(pilot: Pilot[Any], nodes: int) -> Console:
     return app
 
 
-def test_it_boots_with_facts_and_runs_verbs_pipes_and_the_pager(manifold_cluster: Any) -> None:
-    cluster = manifold_cluster(3)
+def test_it_boots_with_facts_and_runs_verbs_pipes_and_the_pager(manifold_clusters: Any) -> None:
+    cluster = manifold_clusters(3)
 
     async def steps(pilot: Pilot[Any]) -> None:
         app = await attached(pilot, 3)
@@ -100,9 +100,9 @@ def test_it_boots_with_facts_and_runs_verbs_pipes_and_the_pager(manifold_cluster
 
 
 def test_wrong_verbs_suggest_the_nearest_and_wrong_arguments_show_the_usage(
-    manifold_cluster: Any,
+    manifold_clusters: Any,
 ) -> None:
-    cluster = manifold_cluster(1)
+    cluster = manifold_clusters(1)
 
     async def steps(pilot: Pilot[Any]) -> None:
         app = await attached(pilot, 1)
@@ -121,9 +121,9 @@ def test_wrong_verbs_suggest_the_nearest_and_wrong_arguments_show_the_usage(
 
 
 def test_a_jobs_name_that_writes_the_clipboard_is_seen_and_never_obeyed(
-    manifold_cluster: Any, tmp_path: Path
+    manifold_clusters: Any, tmp_path: Path
 ) -> None:
-    cluster = manifold_cluster(1)
+    cluster = manifold_clusters(1)
     program = tmp_path / "a\x1b]52;c;aGk=\x07\x9b31m\u202e.ent"
     program.write_bytes((ROOT / "examples" / "collatz.ent").read_bytes())
     seen = r"a\x1b]52;c;aGk=\x07\x9b31m\u202e.ent"
@@ -169,9 +169,9 @@ def test_a_jobs_name_that_writes_the_clipboard_is_seen_and_never_obeyed(
 
 
 def test_a_job_run_at_the_prompt_is_seen_in_the_jobs_pane_and_killed_by_a_key(
-    manifold_cluster: Any,
+    manifold_clusters: Any,
 ) -> None:
-    cluster = manifold_cluster(2)
+    cluster = manifold_clusters(2)
 
     async def steps(pilot: Pilot[Any]) -> None:
         app = await attached(pilot, 2)
@@ -193,8 +193,8 @@ def test_a_job_run_at_the_prompt_is_seen_in_the_jobs_pane_and_killed_by_a_key(
     drive(cluster.environ, steps)
 
 
-def test_ctrl_c_ends_the_line_that_runs_and_nothing_else(manifold_cluster: Any) -> None:
-    cluster = manifold_cluster(1)
+def test_ctrl_c_ends_the_line_that_runs_and_nothing_else(manifold_clusters: Any) -> None:
+    cluster = manifold_clusters(1)
 
     async def steps(pilot: Pilot[Any]) -> None:
         app = await attached(pilot, 1)
@@ -210,8 +210,8 @@ def test_ctrl_c_ends_the_line_that_runs_and_nothing_else(manifold_cluster: Any) 
     drive(cluster.environ, steps)
 
 
-def test_a_node_that_dies_is_seen_and_comes_back(manifold_cluster: Any) -> None:
-    cluster = manifold_cluster(3)
+def test_a_node_that_dies_is_seen_and_comes_back(manifold_clusters: Any) -> None:
+    cluster = manifold_clusters(3)
 
     async def steps(pilot: Pilot[Any]) -> None:
         app = await attached(pilot, 3)
@@ -233,7 +233,7 @@ def test_a_node_that_dies_is_seen_and_comes_back(manifold_cluster: Any) -> None:
 
 
 def test_without_a_cluster_it_says_how_to_start_one_and_attaches_when_it_is_up(
-    cluster_environment: dict[str, str],
+    manifold_environment: dict[str, str],
 ) -> None:
     async def steps(pilot: Pilot[Any]) -> None:
         app = pilot.app
@@ -255,11 +255,11 @@ def test_without_a_cluster_it_says_how_to_start_one_and_attaches_when_it_is_up(
         await until(pilot, lambda: "attached again" in printed(app), "and tells")
         await enter(pilot, "down --yes")
 
-    drive(cluster_environment, steps, size=(80, 24))
+    drive(manifold_environment, steps, size=(80, 24))
 
 
-def test_a_read_only_console_refuses_what_changes_anything(manifold_cluster: Any) -> None:
-    cluster = manifold_cluster(1)
+def test_a_read_only_console_refuses_what_changes_anything(manifold_clusters: Any) -> None:
+    cluster = manifold_clusters(1)
 
     async def steps(pilot: Pilot[Any]) -> None:
         app = await attached(pilot, 1)
@@ -275,8 +275,8 @@ def test_a_read_only_console_refuses_what_changes_anything(manifold_cluster: Any
     drive(cluster.environ, steps, read_only=True)
 
 
-def test_completion_offers_verbs_nodes_and_files(manifold_cluster: Any) -> None:
-    cluster = manifold_cluster(2)
+def test_completion_offers_verbs_nodes_and_files(manifold_clusters: Any) -> None:
+    cluster = manifold_clusters(2)
     alias = cluster.aliases[0]
 
     async def steps(pilot: Pilot[Any]) -> None:
@@ -298,8 +298,8 @@ def test_completion_offers_verbs_nodes_and_files(manifold_cluster: Any) -> None:
     drive(cluster.environ, steps)
 
 
-def test_a_click_chooses_a_row_and_a_click_on_a_title_sorts(manifold_cluster: Any) -> None:
-    cluster = manifold_cluster(3)
+def test_a_click_chooses_a_row_and_a_click_on_a_title_sorts(manifold_clusters: Any) -> None:
+    cluster = manifold_clusters(3)
 
     async def steps(pilot: Pilot[Any]) -> None:
         app = await attached(pilot, 3)
@@ -319,8 +319,8 @@ def test_a_click_chooses_a_row_and_a_click_on_a_title_sorts(manifold_cluster: An
 
 
 @pytest.mark.parametrize("plainly", [False, True])
-def test_resizing_never_breaks_it(manifold_cluster: Any, plainly: bool) -> None:
-    cluster = manifold_cluster(2)
+def test_resizing_never_breaks_it(manifold_clusters: Any, plainly: bool) -> None:
+    cluster = manifold_clusters(2)
     environ = dict(cluster.environ) | ({"NO_COLOR": "1"} if plainly else {})
 
     async def steps(pilot: Pilot[Any]) -> None:
@@ -336,9 +336,9 @@ def test_resizing_never_breaks_it(manifold_cluster: Any, plainly: bool) -> None:
 
 
 def test_what_is_recorded_can_be_replayed_also_after_a_kill(
-    manifold_cluster: Any, tmp_path: Path
+    manifold_clusters: Any, tmp_path: Path
 ) -> None:
-    cluster = manifold_cluster(2)
+    cluster = manifold_clusters(2)
     file = tmp_path / "session.jsonl"
     command = [sys.executable, "-m", "manifold", "record", str(file)]
     with subprocess.Popen(command, env=cluster.environ, stderr=subprocess.PIPE) as recording:
@@ -365,9 +365,9 @@ def threading_wait(seconds: float) -> None:
 
 
 def test_the_log_scrolls_back_beyond_what_is_in_memory_and_follows_again(
-    manifold_cluster: Any,
+    manifold_clusters: Any,
 ) -> None:
-    cluster = manifold_cluster(1)
+    cluster = manifold_clusters(1)
     alias = cluster.aliases[0]
     first = "2001-01-01T00:00:00.000Z INFO     node: the first line of all"
     folder = places.state_dir(cluster.name, alias, cluster.environ)

@@ -62,9 +62,9 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(manifold_cluster: Any, state_home: Path) -> Iterator[Terminal]:
-    cluster = manifold_cluster(2)
-    found = Terminal(state_home, cluster.environ)
+def terminal(manifold_clusters: Any, manifold_folder: Path) -> Iterator[Terminal]:
+    cluster = manifold_clusters(2)
+    found = Terminal(manifold_folder, cluster.environ)
     yield found
     found.close()
 

@@ -32,16 +32,16 @@ def test_the_demo_computes_kills_explains_and_leaves_nothing() -> None:
 
 @pytest.mark.parametrize("how", ["a file", "pasted"])
 def test_the_three_lines_that_the_demo_ends_with_work(
-    cluster_environment: dict[str, str], tmp_path: Path, how: str
+    manifold_environment: dict[str, str], tmp_path: Path, how: str
 ) -> None:
-    del cluster_environment["MANIFOLD_CLUSTER"]
+    del manifold_environment["MANIFOLD_CLUSTER"]
     file = tmp_path / "three.py"
     file.write_text("\n".join(TRY) + "\n")
     arguments = [str(file)] if how == "a file" else ["-i", "-q"]
     done = subprocess.run(
-        [sys.executable, *arguments], env=cluster_environment, input=file.read_text(), cwd=tmp_path,
-        capture_output=True, text=True, timeout=60,
+        [sys.executable, *arguments], env=manifold_environment, input=file.read_text(),
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.stdout == "332833500\n", done.stderr
     assert "Traceback" not in done.stderr
-    assert os.listdir(cluster_environment["MANIFOLD_STATE_HOME"]) == []
+    assert os.listdir(manifold_environment["MANIFOLD_STATE_HOME"]) == []

@@ -149,12 +149,12 @@ def python(
 
 
 @pytest.fixture
-def nothing_runs(cluster_environment: dict[str, str]) -> Iterator[dict[str, str]]:
+def nothing_runs(manifold_environment: dict[str, str]) -> Iterator[dict[str, str]]:
     """No cluster, nor a name of one; and in the end no trace of any."""
-    del cluster_environment["MANIFOLD_CLUSTER"]
-    yield cluster_environment
+    del manifold_environment["MANIFOLD_CLUSTER"]
+    yield manifold_environment
     for name in ("MANIFOLD_STATE_HOME", "MANIFOLD_RUNTIME_DIR"):
-        folder = Path(cluster_environment[name])
+        folder = Path(manifold_environment[name])
         assert not folder.exists() or os.listdir(folder) == []
 
 

@@ -117,8 +117,8 @@ def shell(calm: TestCluster, tmp_path: Path) -> Shell:
     return Shell(dict(calm.environ), tmp_path)
 
 
-def test_the_session_of_a_newcomer(cluster_environment: dict[str, str], tmp_path: Path) -> None:
-    shell = Shell(cluster_environment, tmp_path)
+def test_the_session_of_a_newcomer(manifold_environment: dict[str, str], tmp_path: Path) -> None:
+    shell = Shell(manifold_environment, tmp_path)
     shell.process("up", "--nodes", "16", "--detach")
     try:
         assert shell.process("set", "/globals/x", "1") == "x = 1  (version 1, quorum)\n"
@@ -395,10 +395,10 @@ def when_total_is(cluster: TestCluster, least: int) -> None:
 
 
 def test_a_total_of_eight_processes_is_exact_while_a_voter_is_killed(
-    manifold_cluster: Start,
+    manifold_clusters: Start,
 ) -> None:
     """Nothing is counted twice or lost; what was under way at each death may be told as unknown."""
-    cluster = manifold_cluster(4)
+    cluster = manifold_clusters(4)
     victim = voters_of(cluster)[0]
     others = [alias for alias in cluster.aliases if alias != victim]
 
@@ -415,8 +415,8 @@ def test_a_total_of_eight_processes_is_exact_while_a_voter_is_killed(
     assert maybe <= 3 * 8  # one of each client was under way, at each death
 
 
-def test_what_clients_of_a_killed_node_were_told_is_what_happened(manifold_cluster: Start) -> None:
-    cluster = manifold_cluster(4)
+def test_what_clients_of_a_killed_node_were_told_is_what_happened(manifold_clusters: Start) -> None:
+    cluster = manifold_clusters(4)
     victim = voters_of(cluster)[0]
 
     def hurt() -> None:
@@ -430,9 +430,9 @@ def test_what_clients_of_a_killed_node_were_told_is_what_happened(manifold_clust
 
 
 def test_all_nodes_are_killed_at_once_and_what_was_acknowledged_is_there(
-    manifold_cluster: Start,
+    manifold_clusters: Start,
 ) -> None:
-    cluster = manifold_cluster(5)
+    cluster = manifold_clusters(5)
     clients = [cluster.client(alias) for alias in cluster.aliases]
     survivor = cluster.client().globals  # for a while nobody answers at any door
     told: dict[str, int] = {}
@@ -465,9 +465,9 @@ def test_all_nodes_are_killed_at_once_and_what_was_acknowledged_is_there(
 
 
 def test_a_minority_refuses_and_says_who_is_missing_and_heals_by_itself(
-    manifold_cluster: Start,
+    manifold_clusters: Start,
 ) -> None:
-    cluster = manifold_cluster(3)
+    cluster = manifold_clusters(3)
     alone, *rest = voters_of(cluster)
     client, other = cluster.client(alone), cluster.client(rest[0])
     client.globals["seen"] = 1
@@ -493,9 +493,9 @@ def test_a_minority_refuses_and_says_who_is_missing_and_heals_by_itself(
 
 
 def test_the_verbs_of_a_minority_exit_with_a_failure_and_mark_what_is_stale(
-    manifold_cluster: Start, tmp_path: Path
+    manifold_clusters: Start, tmp_path: Path
 ) -> None:
-    cluster = manifold_cluster(3)
+    cluster = manifold_clusters(3)
     alone, *rest = voters_of(cluster)
     cluster.client(alone).globals["seen"] = 1
     for each in rest:
@@ -512,9 +512,9 @@ def test_the_verbs_of_a_minority_exit_with_a_failure_and_mark_what_is_stale(
 
 
 def test_reads_leave_a_node_that_is_stopped_and_a_write_is_done_once(
-    manifold_cluster: Start,
+    manifold_clusters: Start,
 ) -> None:
-    cluster = manifold_cluster(4)
+    cluster = manifold_clusters(4)
     voters_of(cluster)
     client = cluster.client()
     client.globals["x"] = 1
@@ -530,8 +530,8 @@ def test_reads_leave_a_node_that_is_stopped_and_a_write_is_done_once(
     assert client.globals["x"] == 2
 
 
-def test_a_watch_survives_its_node_and_ends_with_the_last_state(manifold_cluster: Start) -> None:
-    cluster = manifold_cluster(4)
+def test_a_watch_survives_its_node_and_ends_with_the_last_state(manifold_clusters: Start) -> None:
+    cluster = manifold_clusters(4)
     voters_of(cluster)
     watcher, writer = cluster.client(), cluster.client(cluster.aliases[-1])
     if watcher.node == cluster.aliases[-1]:
@@ -553,8 +553,8 @@ def test_a_watch_survives_its_node_and_ends_with_the_last_state(manifold_cluster
         assert watch.next(WAIT_S).value == 6
 
 
-def test_a_lease_survives_the_node_of_its_holder(manifold_cluster: Start) -> None:
-    cluster = manifold_cluster(4)
+def test_a_lease_survives_the_node_of_its_holder(manifold_clusters: Start) -> None:
+    cluster = manifold_clusters(4)
     voters_of(cluster)
     client, other = cluster.client(), cluster.client()
     with client.globals.lease("l", 3000) as lease:

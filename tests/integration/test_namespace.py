@@ -484,9 +484,9 @@ def test_the_shell_completes_what_the_cluster_has(shell: Shell, client: Client) 
 
 
 def test_without_a_cluster_verbs_exit_3_and_completion_is_silent(
-    cluster_environment: dict[str, str], tmp_path: Path
+    manifold_environment: dict[str, str], tmp_path: Path
 ) -> None:
-    shell = Shell(cluster_environment, tmp_path)
+    shell = Shell(manifold_environment, tmp_path)
     for verb in ("ls /", "cat /version", "tail -f /log", "watch /nodes", "export nodes", "ls"):
         status, printed, _ = shell(*verb.split(), "--json")
         assert status == 3, verb
@@ -495,9 +495,9 @@ def test_without_a_cluster_verbs_exit_3_and_completion_is_silent(
 
 
 def test_a_node_that_is_silent_is_named_and_the_rest_is_told(
-    manifold_cluster: Start, tmp_path: Path
+    manifold_clusters: Start, tmp_path: Path
 ) -> None:
-    cluster = manifold_cluster(4)
+    cluster = manifold_clusters(4)
     shell = Shell(dict(cluster.environ), tmp_path)
     client = cluster.client("rpi4-01")
     told: list[str] = []
@@ -519,9 +519,9 @@ def test_a_node_that_is_silent_is_named_and_the_rest_is_told(
 
 
 def test_what_is_followed_outlives_a_restart_of_its_node(
-    manifold_cluster: Start, tmp_path: Path
+    manifold_clusters: Start, tmp_path: Path
 ) -> None:
-    cluster = manifold_cluster(2)
+    cluster = manifold_clusters(2)
     shell = Shell(dict(cluster.environ), tmp_path)
     alias = cluster.aliases[-1]
     with (

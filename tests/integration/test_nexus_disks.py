@@ -108,10 +108,10 @@ class Place:
 
 
 @pytest.fixture
-def place(cluster_environment: dict[str, str], tmp_path: Path) -> Iterator[Place]:
+def place(manifold_environment: dict[str, str], tmp_path: Path) -> Iterator[Place]:
     config = tmp_path / "manifold.yaml"
     config.write_text(CLASSES)
-    found = Place(cluster_environment, config)
+    found = Place(manifold_environment, config)
     yield found
     found.down()
 

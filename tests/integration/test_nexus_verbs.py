@@ -90,9 +90,9 @@ class Shell:
 
 
 @pytest.fixture
-def shell(manifold_cluster: Start, tmp_path: Path) -> Shell:
+def shell(manifold_clusters: Start, tmp_path: Path) -> Shell:
     """Of five nodes, three of which vote."""
-    return Shell(manifold_cluster(5), tmp_path)
+    return Shell(manifold_clusters(5), tmp_path)
 
 
 def other(shell: Shell) -> str:
@@ -183,9 +183,9 @@ def test_a_change_whose_command_and_driver_are_killed_goes_on_when_it_is_run_aga
 
 
 def test_without_voters_everything_says_how_to_choose_them(
-    manifold_cluster: Start, tmp_path: Path
+    manifold_clusters: Start, tmp_path: Path
 ) -> None:
-    shell = Shell(manifold_cluster(3, overrides={"nexus.voters": "off"}), tmp_path)
+    shell = Shell(manifold_clusters(3, overrides={"nexus.voters": "off"}), tmp_path)
     assert "no voters are known" in shell.ok("nexus", "status")
     assert shell.status()["known"] is False
     error = shell.error(1, "get", "x", "--timeout", "0.3")
@@ -244,6 +244,8 @@ def test_verify_reads_what_is_on_the_disks_while_the_cluster_runs(
     assert shell.error(4, "nexus", "verify", str(tmp_path / "none"))["code"] == "not_found"
 
 
-def test_where_nobody_keeps_records_verify_says_so(manifold_cluster: Start, tmp_path: Path) -> None:
-    shell = Shell(manifold_cluster(1, overrides={"nexus.voters": "off"}), tmp_path)
+def test_where_nobody_keeps_records_verify_says_so(
+    manifold_clusters: Start, tmp_path: Path
+) -> None:
+    shell = Shell(manifold_clusters(1, overrides={"nexus.voters": "off"}), tmp_path)
     assert shell.error(4, "nexus", "verify")["code"] == "not_found"

@@ -78,8 +78,8 @@ def value(found: Metrics, name: str, **labels: str) -> float:
     return sample.value
 
 
-def test_a_node_tells_every_metric_of_the_table(manifold_cluster: Start) -> None:
-    client = manifold_cluster(2).client()
+def test_a_node_tells_every_metric_of_the_table(manifold_clusters: Start) -> None:
+    client = manifold_clusters(2).client()
     found = client.metrics("", "families")
     names = [family.name for family in found.families]
     assert set(DEFINITIONS) - set(names) <= OPTIONAL
@@ -90,8 +90,8 @@ def test_a_node_tells_every_metric_of_the_table(manifold_cluster: Start) -> None
     assert value(found, "manifold_process_resident_memory_bytes") > 1 << 20
 
 
-def test_what_a_job_does_can_be_counted(manifold_cluster: Start) -> None:
-    cluster = manifold_cluster(2)
+def test_what_a_job_does_can_be_counted(manifold_clusters: Start) -> None:
+    cluster = manifold_clusters(2)
     client = cluster.client()
     future = client.job(COLLATZ, 1, 300_000, reduce="sum")
     future.result(60)
@@ -114,9 +114,9 @@ def test_what_a_job_does_can_be_counted(manifold_cluster: Start) -> None:
 
 
 def test_every_node_answers_over_http_and_over_the_bus_alike(
-    manifold_cluster: Start, tmp_path: Path
+    manifold_clusters: Start, tmp_path: Path
 ) -> None:
-    cluster = manifold_cluster(3)
+    cluster = manifold_clusters(3)
     targets = json.loads(manifold(cluster, tmp_path, "metrics", "--targets"))
     assert [each["labels"]["node"] for each in targets] == cluster.aliases
     addresses = {each["labels"]["node"]: each["targets"][0] for each in targets}
@@ -139,9 +139,9 @@ def test_every_node_answers_over_http_and_over_the_bus_alike(
 
 
 def test_targets_are_written_whole_and_have_bounded_labels(
-    manifold_cluster: Start, tmp_path: Path
+    manifold_clusters: Start, tmp_path: Path
 ) -> None:
-    cluster = manifold_cluster(1)
+    cluster = manifold_clusters(1)
     assert manifold(cluster, tmp_path, "metrics", "--targets", "-o", "targets.json") == ""
     assert [path.name for path in tmp_path.iterdir()] == ["targets.json"]
     (found,) = json.loads((tmp_path / "targets.json").read_text())
@@ -153,9 +153,9 @@ def test_targets_are_written_whole_and_have_bounded_labels(
 
 
 def test_a_node_that_is_started_again_serves_from_its_first_moment(
-    manifold_cluster: Start, tmp_path: Path
+    manifold_clusters: Start, tmp_path: Path
 ) -> None:
-    cluster = manifold_cluster(2)
+    cluster = manifold_clusters(2)
     client = cluster.client(cluster.aliases[0])
     other = next(alias for alias in cluster.aliases if alias != client.node)
     before = client.metrics(other, "families")
@@ -172,27 +172,29 @@ def test_a_node_that_is_started_again_serves_from_its_first_moment(
     assert f'alias="{other}"' in fetched(after.address)[1]
 
 
-def test_http_can_be_off_and_the_bus_still_tells(manifold_cluster: Start, tmp_path: Path) -> None:
-    cluster = manifold_cluster(1, overrides={"metrics.http": "off"})
+def test_http_can_be_off_and_the_bus_still_tells(manifold_clusters: Start, tmp_path: Path) -> None:
+    cluster = manifold_clusters(1, overrides={"metrics.http": "off"})
     found = cluster.client().metrics()
     assert found.address == ""
     assert "manifold_node_info" in found.text
     assert json.loads(manifold(cluster, tmp_path, "metrics", "--targets")) == []
 
 
-def test_nodes_share_a_range_of_ports_and_go_on_where_none_is_free(manifold_cluster: Start) -> None:
+def test_nodes_share_a_range_of_ports_and_go_on_where_none_is_free(
+    manifold_clusters: Start,
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        cluster = manifold_cluster(3, overrides={"metrics.port": str(port)})
+        cluster = manifold_clusters(3, overrides={"metrics.port": str(port)})
         ports = [int(node.metrics.rpartition(":")[2]) for node in cluster.client().nodes()]
     assert len(set(ports)) == 3
     assert all(port < each < port + 256 for each in ports)
 
 
 def test_who_asks_too_often_is_given_what_was_gathered_just_before(
-    manifold_cluster: Start,
+    manifold_clusters: Start,
 ) -> None:
-    address = manifold_cluster(1).client().metrics().address
+    address = manifold_clusters(1).client().metrics().address
 
     def uptime() -> str:
         found = re.search(
@@ -206,8 +208,8 @@ def test_who_asks_too_often_is_given_what_was_gathered_just_before(
     eventually(lambda: uptime() != first, "it is never gathered again")
 
 
-def test_hostile_requests_to_a_real_node_end_nothing(manifold_cluster: Start) -> None:
-    cluster = manifold_cluster(1)
+def test_hostile_requests_to_a_real_node_end_nothing(manifold_clusters: Start) -> None:
+    cluster = manifold_clusters(1)
     client = cluster.client()
     (alias,) = cluster.aliases
     pid, address = cluster.pid(alias), client.metrics().address
@@ -225,9 +227,9 @@ def test_hostile_requests_to_a_real_node_end_nothing(manifold_cluster: Start) ->
 
 
 def test_a_node_without_a_descriptor_left_tells_what_it_can_and_lives(
-    manifold_cluster: Start,
+    manifold_clusters: Start,
 ) -> None:
-    cluster = manifold_cluster(1)
+    cluster = manifold_clusters(1)
     client = cluster.client()
     (alias,) = cluster.aliases
     pid, address = cluster.pid(alias), client.metrics().address
@@ -329,9 +331,9 @@ def dashboard_queries() -> list[str]:
 
 
 def test_prometheus_scrapes_every_node_and_every_query_of_the_dashboard_answers(
-    manifold_cluster: Start, prometheus: Prometheus, tmp_path: Path
+    manifold_clusters: Start, prometheus: Prometheus, tmp_path: Path
 ) -> None:
-    cluster = manifold_cluster(3)
+    cluster = manifold_clusters(3)
     manifold(cluster, tmp_path, "metrics", "--targets", "-o", str(tmp_path / "targets.json"))
     everybody = dict.fromkeys(cluster.aliases, 1.0)
     eventually(lambda: prometheus.query("up") == everybody, "not every node was scraped")
@@ -363,9 +365,9 @@ def busily(client: Client, until: threading.Event) -> None:
 
 
 def test_a_profile_shows_what_a_busy_node_does_while_it_goes_on_serving(
-    manifold_cluster: Start, tmp_path: Path
+    manifold_clusters: Start, tmp_path: Path
 ) -> None:
-    cluster = manifold_cluster(2)
+    cluster = manifold_clusters(2)
     alias = cluster.aliases[0]
     worker = cluster.client(alias)
     until = threading.Event()
@@ -385,9 +387,9 @@ def test_a_profile_shows_what_a_busy_node_does_while_it_goes_on_serving(
 
 
 def test_profiles_are_relayed_folded_and_taken_one_at_a_time(
-    manifold_cluster: Start, tmp_path: Path
+    manifold_clusters: Start, tmp_path: Path
 ) -> None:
-    cluster = manifold_cluster(2)
+    cluster = manifold_clusters(2)
     here, there = cluster.aliases
     client = cluster.client(here)
     assert client.node == here
@@ -418,9 +420,9 @@ def test_profiles_are_relayed_folded_and_taken_one_at_a_time(
 
 @pytest.mark.parametrize("attached", [0, 1], ids=["to another", "to it"])
 def test_who_profiles_a_node_that_ends_is_told_so_and_does_not_wait(
-    manifold_cluster: Start, attached: int
+    manifold_clusters: Start, attached: int
 ) -> None:
-    cluster = manifold_cluster(2)
+    cluster = manifold_clusters(2)
     ends = cluster.aliases[1]
     client, other = cluster.client(cluster.aliases[attached]), cluster.client(cluster.aliases[0])
     found: list[ManifoldError] = []
@@ -441,8 +443,8 @@ def test_who_profiles_a_node_that_ends_is_told_so_and_does_not_wait(
     assert error.message.startswith(f"{ends} ended, or fell silent, while it was")
 
 
-def test_a_node_that_is_silent_is_said_to_be_silent(manifold_cluster: Start) -> None:
-    cluster = manifold_cluster(2)
+def test_a_node_that_is_silent_is_said_to_be_silent(manifold_clusters: Start) -> None:
+    cluster = manifold_clusters(2)
     here, there = cluster.aliases
     client = cluster.client(here)
     cluster.pause(there)
@@ -457,8 +459,8 @@ def test_a_node_that_is_silent_is_said_to_be_silent(manifold_cluster: Start) -> 
         client.profile(there, 1.0)
 
 
-def test_a_node_ends_in_time_while_a_profile_is_taken(manifold_cluster: Start) -> None:
-    cluster = manifold_cluster(1)
+def test_a_node_ends_in_time_while_a_profile_is_taken(manifold_clusters: Start) -> None:
+    cluster = manifold_clusters(1)
     client = cluster.client()
     asked = threading.Event()
 

@@ -28,14 +28,14 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def start(
-    manifold_cluster: Callable[..., TestCluster], tmp_path: Path
+    manifold_clusters: Callable[..., TestCluster], tmp_path: Path
 ) -> Callable[..., TestCluster]:
     """A cluster of two nodes with two slots each, of whole cores."""
 
     def started(nodes: int = 2, **options: Any) -> TestCluster:
         config = tmp_path / "manifold.yaml"
         config.write_text(CLASSES)
-        return manifold_cluster(nodes, config=config, **options)
+        return manifold_clusters(nodes, config=config, **options)
 
     return started
 

@@ -142,10 +142,10 @@ def test_a_script_finds_the_cluster_of_the_command_line(
 
 
 @pytest.fixture
-def alone(cluster_environment: Environment) -> Iterator[Environment]:
+def alone(manifold_environment: Environment) -> Iterator[Environment]:
     """Where no cluster runs, and none may run in the end."""
-    yield cluster_environment
-    until(lambda: not left(cluster_environment), f"nothing is left: {left(cluster_environment)}")
+    yield manifold_environment
+    until(lambda: not left(manifold_environment), f"nothing is left: {left(manifold_environment)}")
 
 
 def left(environment: Environment) -> list[str]:

@@ -42,16 +42,16 @@ def manifold(
      "sim --duration", "torture nexus --seconds", "get x --timeout"],
 )  # fmt: skip
 def test_what_is_no_number_is_refused(
-    cluster_environment: dict[str, str], line: str, number: str
+    manifold_environment: dict[str, str], line: str, number: str
 ) -> None:
-    code, out, err = manifold(cluster_environment, *line.split(), number)
+    code, out, err = manifold(manifold_environment, *line.split(), number)
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].startswith("error: ")
 
 
 @pytest.fixture
-def environ(manifold_cluster: object) -> Iterator[dict[str, str]]:
-    cluster = manifold_cluster(1)  # type: ignore[operator]
+def environ(manifold_clusters: object) -> Iterator[dict[str, str]]:
+    cluster = manifold_clusters(1)  # type: ignore[operator]
     assert isinstance(cluster, TestCluster)
     yield cluster.environ
 
@@ -95,8 +95,10 @@ def test_completing_what_is_no_utf_8_is_silent(environ: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["version"], ["--help"], ["version", "--json"]])
-def test_a_full_disk_is_an_error(cluster_environment: dict[str, str], arguments: list[str]) -> None:
-    code, _, err = manifold(cluster_environment, *arguments, redirect=">/dev/full")
+def test_a_full_disk_is_an_error(
+    manifold_environment: dict[str, str], arguments: list[str]
+) -> None:
+    code, _, err = manifold(manifold_environment, *arguments, redirect=">/dev/full")
     assert code == 1
     assert err.startswith("error: Output cannot be written: No space left on device.")
 
@@ -119,7 +121,7 @@ def test_what_an_encoding_lacks_is_shown(environ: dict[str, str]) -> None:
     assert out.isascii()
 
 
-def test_json_of_an_error_is_ascii(cluster_environment: dict[str, str]) -> None:
-    code, out, _ = manifold(cluster_environment, "cat", b"/globals/" + ODD, "--json")
+def test_json_of_an_error_is_ascii(manifold_environment: dict[str, str]) -> None:
+    code, out, _ = manifold(manifold_environment, "cat", b"/globals/" + ODD, "--json")
     assert code == 2
     assert json.loads(out)["error"]["code"] == "usage"

@@ -84,10 +84,10 @@ class Place:
 
 
 @pytest.fixture
-def place(cluster_environment: Environment) -> Iterator[Place]:
-    here = Place(cluster_environment)
+def place(manifold_environment: Environment) -> Iterator[Place]:
+    here = Place(manifold_environment)
     yield here
-    done = manifold(cluster_environment, "down", "--yes")
+    done = manifold(manifold_environment, "down", "--yes")
     left = here.left()
     for pid in here.processes():  # a test that failed leaves nothing either
         with suppress(ProcessLookupError):
@@ -224,8 +224,10 @@ def test_down_of_a_cluster_that_is_not_up_says_so(place: Place) -> None:
 # -- healing --------------------------------------------------------------------------------------
 
 
-def test_a_killed_node_is_back_with_its_identity_and_a_higher_boot(manifold_cluster: Start) -> None:
-    cluster = manifold_cluster(3)
+def test_a_killed_node_is_back_with_its_identity_and_a_higher_boot(
+    manifold_clusters: Start,
+) -> None:
+    cluster = manifold_clusters(3)
     victim = cluster.aliases[-1]
     client = cluster.client(cluster.aliases[0])
     before = {node.alias: node for node in client.nodes()}[victim]
@@ -242,8 +244,8 @@ def test_a_killed_node_is_back_with_its_identity_and_a_higher_boot(manifold_clus
     cluster.wait_converged()
 
 
-def test_a_node_that_keeps_dying_is_started_later_each_time(manifold_cluster: Start) -> None:
-    cluster = manifold_cluster(2)
+def test_a_node_that_keeps_dying_is_started_later_each_time(manifold_clusters: Start) -> None:
+    cluster = manifold_clusters(2)
     victim = cluster.aliases[-1]
     delays = []
     for _ in range(4):
@@ -254,8 +256,8 @@ def test_a_node_that_keeps_dying_is_started_later_each_time(manifold_cluster: St
     cluster.wait_converged()
 
 
-def test_others_hear_of_a_death_from_the_supervisor_at_once(manifold_cluster: Start) -> None:
-    cluster = manifold_cluster(4)
+def test_others_hear_of_a_death_from_the_supervisor_at_once(manifold_clusters: Start) -> None:
+    cluster = manifold_clusters(4)
     victim, *others = reversed(cluster.aliases)
     clients = [cluster.client(alias) for alias in others]
     # Held down: what comes back at once could not be seen to have been dead.
@@ -269,9 +271,9 @@ def test_others_hear_of_a_death_from_the_supervisor_at_once(manifold_cluster: St
 
 
 def test_others_find_out_by_themselves_that_a_stopped_node_is_dead_and_that_it_is_back(
-    manifold_cluster: Start,
+    manifold_clusters: Start,
 ) -> None:
-    cluster = manifold_cluster(4, overrides=FAST)
+    cluster = manifold_clusters(4, overrides=FAST)
     victim, *others = reversed(cluster.aliases)
     clients = [cluster.client(alias) for alias in others]
     cluster.pause(victim)
@@ -281,8 +283,8 @@ def test_others_find_out_by_themselves_that_a_stopped_node_is_dead_and_that_it_i
     assert cluster.supervisor.nodes[victim].restarts == 0
 
 
-def test_a_killed_zygote_is_replaced_and_every_node_comes_back(manifold_cluster: Start) -> None:
-    cluster = manifold_cluster(3)
+def test_a_killed_zygote_is_replaced_and_every_node_comes_back(manifold_clusters: Start) -> None:
+    cluster = manifold_clusters(3)
     boots = {node.alias: node.boot for node in cluster.client().nodes()}
     zygote = cluster.supervisor._zygote
     assert zygote is not None
@@ -297,8 +299,8 @@ def test_a_killed_zygote_is_replaced_and_every_node_comes_back(manifold_cluster:
     assert client.parallel_for(COLLATZ, 1, 10_000, reduce="max") == 261
 
 
-def test_a_node_with_a_damaged_key_says_so_and_the_others_live(manifold_cluster: Start) -> None:
-    cluster = manifold_cluster(3)
+def test_a_node_with_a_damaged_key_says_so_and_the_others_live(manifold_clusters: Start) -> None:
+    cluster = manifold_clusters(3)
     victim = cluster.aliases[-1]
     key = places.state_dir(cluster.name, victim, cluster.environ) / "identity.key"
     key.write_bytes(key.read_bytes()[:-5])
@@ -321,8 +323,8 @@ def test_a_cluster_comes_up_without_a_node_whose_key_is_damaged(place: Place) ->
     assert said["nodes"] == 3
 
 
-def test_an_idle_cluster_of_eight_holds_nobody_for_dead(manifold_cluster: Start) -> None:
-    cluster = manifold_cluster(8)
+def test_an_idle_cluster_of_eight_holds_nobody_for_dead(manifold_clusters: Start) -> None:
+    cluster = manifold_clusters(8)
     time.sleep(10)  # what is tested is that nothing happens
     said = "\n".join(cluster.logs(alias) for alias in cluster.aliases)
     assert not re.findall(r".*alive -> (?:suspect|dead).*", said)
@@ -333,8 +335,8 @@ def test_an_idle_cluster_of_eight_holds_nobody_for_dead(manifold_cluster: Start)
 # -- several --------------------------------------------------------------------------------------
 
 
-def test_two_clusters_on_one_host_do_not_meet(manifold_cluster: Start) -> None:
-    one, two = manifold_cluster(2), manifold_cluster(3)
+def test_two_clusters_on_one_host_do_not_meet(manifold_clusters: Start) -> None:
+    one, two = manifold_clusters(2), manifold_clusters(3)
     assert one.supervisor.runtime_dir != two.supervisor.runtime_dir
     seen = {node.kid for node in one.client().nodes()}, {node.kid for node in two.client().nodes()}
     assert [len(kids) for kids in seen] == [2, 3]
@@ -416,9 +418,11 @@ def test_an_agent_whose_alias_is_taken_is_refused(place: Place) -> None:
 
 
 @pytest.mark.parametrize("how", ["cgroup", "pacing"])
-def test_an_rpi4_computes_at_a_quarter_of_a_servers_rate(manifold_cluster: Start, how: str) -> None:
+def test_an_rpi4_computes_at_a_quarter_of_a_servers_rate(
+    manifold_clusters: Start, how: str
+) -> None:
     roots = throttle.ROOTS if how == "cgroup" else ()
-    cluster = manifold_cluster(4, roots=roots)  # one server, one rpi5, two rpi4
+    cluster = manifold_clusters(4, roots=roots)  # one server, one rpi5, two rpi4
     client = cluster.client("server-01")
     kinds = {node.node_class: node for node in client.nodes()}
     if how == "cgroup" and kinds["rpi4"].throttle != "cgroup":

@@ -67,23 +67,25 @@ def processes_of(home: Path) -> list[str]:
 
 @pytest.mark.parametrize("seed", [7, 0], ids=["seed 7", "a seed drawn at random"])
 def test_nothing_acknowledged_is_lost_and_histories_are_linearizable(
-    seed: int, state_home: Path, tmp_path: Path
+    seed: int, manifold_folder: Path, tmp_path: Path
 ) -> None:
     seed = seed or secrets.randbelow(1 << 31)
     print(f"manifold torture nexus --seed {seed} --seconds {SECONDS:g}")
     flags = ("--seed", str(seed), "--seconds", str(SECONDS))
-    status, report = tortured(state_home, tmp_path, *flags)
+    status, report = tortured(manifold_folder, tmp_path, *flags)
     assert report["failures"] == [], report
     assert status == 0
     assert report["command"].startswith(f"manifold torture nexus --seed {seed} ")
     assert report["operations"]["ok"] > 100
     assert report["faults"]
-    assert list(state_home.iterdir()) == []
+    assert list(manifold_folder.iterdir()) == []
     assert list(tmp_path.iterdir()) == []
-    assert processes_of(state_home) == []
+    assert processes_of(manifold_folder) == []
 
 
-def test_disks_that_seldom_do_what_they_say_are_found_out(state_home: Path, tmp_path: Path) -> None:
+def test_disks_that_seldom_do_what_they_say_are_found_out(
+    manifold_folder: Path, tmp_path: Path
+) -> None:
     """And the history of a key that went wrong is written down."""
     plant = tmp_path / "plant"
     work = tmp_path / "work"
@@ -98,36 +100,36 @@ def test_disks_that_seldom_do_what_they_say_are_found_out(state_home: Path, tmp_
     )
     for seed in islice(kills_all_twice, 3):  # whether a kill hits what was told is up to the host
         flags = ("--seed", str(seed), "--seconds", "5", "--nodes", "3", "--voters", "3")
-        status, report = tortured(state_home, work, *flags, PYTHONPATH=path)
+        status, report = tortured(manifold_folder, work, *flags, PYTHONPATH=path)
         if status:
             break
     assert status == 1
     assert any("not linearizable" in each for each in report["failures"]), report["failures"]
     assert len({each.key for each in read(Path(report["history"]))}) == 1
-    assert list(state_home.iterdir()) == []
+    assert list(manifold_folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_nothing_is_left_when_it_is_interrupted(
-    number: signal.Signals, state_home: Path, tmp_path: Path
+    number: signal.Signals, manifold_folder: Path, tmp_path: Path
 ) -> None:
     process = subprocess.Popen(
         [*COMMAND, "--nodes", "3", "--voters", "3", "--seconds", "60"], cwd=tmp_path,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(state_home),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(manifold_folder),
         start_new_session=True,
     )  # fmt: skip
     with process:
         assert process.stdout is not None
         assert process.stdout.readline(), "the first step of the plan"
-        assert processes_of(state_home)
+        assert processes_of(manifold_folder)
         process.send_signal(number)
         process.send_signal(number)
         assert process.wait(PATIENCE_S) == 130
     deadline_s = time.monotonic() + 5.0
-    while processes_of(state_home) and time.monotonic() < deadline_s:
+    while processes_of(manifold_folder) and time.monotonic() < deadline_s:
         time.sleep(0.05)
-    assert processes_of(state_home) == []
-    assert list(state_home.iterdir()) == []
+    assert processes_of(manifold_folder) == []
+    assert list(manifold_folder.iterdir()) == []
 
 
 def test_voters_must_be_odd_and_among_the_nodes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,9 +154,9 @@ def complete(spans: list[Span]) -> bool:
 
 
 def test_one_job_is_one_trace_from_its_client_over_its_owner_to_its_runners(
-    manifold_cluster: Start, collector: Collector
+    manifold_clusters: Start, collector: Collector
 ) -> None:
-    cluster = manifold_cluster(3)
+    cluster = manifold_clusters(3)
     with Client(cluster.name, environ=cluster.environ) as client:
         owner = client.node
         future = client.job(COLLATZ, 1, 400_000, reduce="sum")
@@ -189,9 +189,9 @@ def test_one_job_is_one_trace_from_its_client_over_its_owner_to_its_runners(
 
 
 def test_commands_and_the_nodes_they_start_send_their_spans(
-    cluster_environment: dict[str, str], collector: Collector, tmp_path: Path
+    manifold_environment: dict[str, str], collector: Collector, tmp_path: Path
 ) -> None:
-    environment = cluster_environment | {
+    environment = manifold_environment | {
         "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "60000",
     }  # fmt: skip
 
@@ -215,12 +215,12 @@ def test_commands_and_the_nodes_they_start_send_their_spans(
 
 
 def test_calls_are_traced_beneath_the_span_that_the_program_is_in(
-    manifold_cluster: Start, collector: Collector
+    manifold_clusters: Start, collector: Collector
 ) -> None:
     from opentelemetry import trace
     from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 
-    cluster = manifold_cluster(2)
+    cluster = manifold_clusters(2)
     outer = SpanContext(0xABC, 0xDEF, False, TraceFlags(TraceFlags.SAMPLED))
     with (
         Client(cluster.name, environ=cluster.environ) as client,
@@ -233,8 +233,8 @@ def test_calls_are_traced_beneath_the_span_that_the_program_is_in(
     assert {span.attributes["manifold.kind"] for span in of(spans, "run")} == {"python"}
 
 
-def test_what_failed_is_marked_with_why(manifold_cluster: Start, collector: Collector) -> None:
-    cluster = manifold_cluster(2)
+def test_what_failed_is_marked_with_why(manifold_clusters: Start, collector: Collector) -> None:
+    cluster = manifold_clusters(2)
     with Client(cluster.name, environ=cluster.environ) as client:
         future = client.job(TRAP, 0, 1000)
         assert future.exception(60) is not None
@@ -248,9 +248,9 @@ def test_what_failed_is_marked_with_why(manifold_cluster: Start, collector: Coll
 
 
 def test_a_job_that_goes_on_without_its_client_is_no_failure_of_its_client(
-    manifold_cluster: Start, collector: Collector
+    manifold_clusters: Start, collector: Collector
 ) -> None:
-    cluster = manifold_cluster(1)
+    cluster = manifold_clusters(1)
     with Client(cluster.name, environ=cluster.environ) as client:
         future = client.job(COLLATZ, 1, 1_500_000, reduce="sum", detach=True)
         until(lambda: future.status is not None)
@@ -262,9 +262,9 @@ def test_a_job_that_goes_on_without_its_client_is_no_failure_of_its_client(
 
 
 def test_a_job_whose_owner_dies_goes_on_in_the_same_trace(
-    manifold_cluster: Start, collector: Collector
+    manifold_clusters: Start, collector: Collector
 ) -> None:
-    cluster = manifold_cluster(5)
+    cluster = manifold_clusters(5)
     with Client(cluster.name, environ=cluster.environ) as client:
         owner = client.node
         slow = ".cells 1\nSLEEP 0.01\nLOAD 0\nEMIT\nHALT\n"
@@ -282,10 +282,10 @@ def test_a_job_whose_owner_dies_goes_on_in_the_same_trace(
 
 
 def test_a_collector_that_is_not_there_costs_no_job_and_little_time(
-    manifold_cluster: Start, fresh: pytest.MonkeyPatch
+    manifold_clusters: Start, fresh: pytest.MonkeyPatch
 ) -> None:
     fresh.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")  # discard: nobody
-    cluster = manifold_cluster(2)
+    cluster = manifold_clusters(2)
     with Client(cluster.name, environ=cluster.environ) as client:
         assert client.parallel_for(COLLATZ, 1, 10_000, reduce="max") == 261
         begun_s = time.monotonic()
@@ -303,11 +303,11 @@ class Traced:
 
 
 def test_settings_that_opentelemetry_refuses_cost_no_job(
-    manifold_cluster: Start, fresh: pytest.MonkeyPatch
+    manifold_clusters: Start, fresh: pytest.MonkeyPatch
 ) -> None:
     fresh.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     fresh.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "-1")
-    cluster = manifold_cluster(1)
+    cluster = manifold_clusters(1)
     (alias,) = cluster.aliases
     with Client(cluster.name, environ=cluster.environ) as client:
         assert client.parallel_for(COLLATZ, 1, 10, reduce="max") == 19
@@ -319,9 +319,9 @@ def test_settings_that_opentelemetry_refuses_cost_no_job(
 
 
 def test_a_variable_that_the_sdk_refuses_as_it_is_imported_costs_a_sentence_and_no_more(
-    cluster_environment: dict[str, str], tmp_path: Path
+    manifold_environment: dict[str, str], tmp_path: Path
 ) -> None:
-    environment = cluster_environment | {
+    environment = manifold_environment | {
         "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "-3"
     }  # fmt: skip
 
@@ -349,10 +349,10 @@ def test_a_variable_that_the_sdk_refuses_as_it_is_imported_costs_a_sentence_and_
 
 
 def test_a_collector_that_refuses_is_one_sentence_on_the_users_terminal(
-    manifold_cluster: Start, fresh: pytest.MonkeyPatch
+    manifold_clusters: Start, fresh: pytest.MonkeyPatch
 ) -> None:
     fresh.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
-    cluster = manifold_cluster(1)
+    cluster = manifold_clusters(1)
     script = (
         "import manifold, urllib3\n"
         "with manifold.connect() as m:\n"
@@ -388,9 +388,9 @@ def test_what_the_program_logs_by_way_of_the_same_library_is_its_own(thread: str
 
 
 def test_a_provider_that_the_program_names_and_lacks_costs_no_job(
-    manifold_cluster: Start,
+    manifold_clusters: Start,
 ) -> None:
-    cluster = manifold_cluster(1)
+    cluster = manifold_clusters(1)
     script = (
         "import manifold, opentelemetry.trace\n"
         "with manifold.connect() as m:\n"
@@ -405,11 +405,11 @@ def test_a_provider_that_the_program_names_and_lacks_costs_no_job(
 
 
 def test_nothing_is_imported_where_nobody_wants_traces(
-    manifold_cluster: Start, monkeypatch: pytest.MonkeyPatch
+    manifold_clusters: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
-    cluster = manifold_cluster(1)
+    cluster = manifold_clusters(1)
     script = (
         "import sys, manifold\n"
         f"with manifold.connect() as m: m.parallel_for({str(COLLATZ)!r}, 1, 10, reduce='max')\n"

@@ -24,8 +24,8 @@ Shell = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def cluster(manifold_cluster: Callable[..., TestCluster]) -> TestCluster:
-    return manifold_cluster(2)
+def cluster(manifold_clusters: Callable[..., TestCluster]) -> TestCluster:
+    return manifold_clusters(2)
 
 
 @pytest.fixture

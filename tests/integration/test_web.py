@@ -334,9 +334,9 @@ async def answered(browser: Browser, cluster: TestCluster, text: str) -> None:
 
 
 def test_a_verb_that_is_typed_in_the_browser_is_answered_by_the_cluster(
-    manifold_cluster: Callable[..., TestCluster],
+    manifold_clusters: Callable[..., TestCluster],
 ) -> None:
-    cluster = manifold_cluster(3)
+    cluster = manifold_clusters(3)
     server, address = start_web(cluster)
 
     async def test() -> None:
@@ -371,9 +371,9 @@ def test_a_verb_that_is_typed_in_the_browser_is_answered_by_the_cluster(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_console_in_the_midst_of_work_leaves_nothing_when_the_server_ends(
-    number: signal.Signals, manifold_cluster: Callable[..., TestCluster]
+    number: signal.Signals, manifold_clusters: Callable[..., TestCluster]
 ) -> None:
-    cluster = manifold_cluster(2)
+    cluster = manifold_clusters(2)
     server, address = start_web(cluster)
 
     async def test() -> None:
@@ -396,9 +396,9 @@ def test_a_console_in_the_midst_of_work_leaves_nothing_when_the_server_ends(
 
 
 def test_a_read_only_console_refuses_what_would_change_anything(
-    manifold_cluster: Callable[..., TestCluster],
+    manifold_clusters: Callable[..., TestCluster],
 ) -> None:
-    cluster = manifold_cluster(1)
+    cluster = manifold_clusters(1)
     server, address = start_web(cluster, "--read-only", "--", "--pane", "shell")
 
     async def test() -> None:

@@ -74,6 +74,10 @@ class Watched:
     failures: int = 0  # deaths in a row before it was ready
 
     @property
+    def serves(self) -> bool:
+        return self.ready is not None and self.pidfd >= 0
+
+    @property
     def failing(self) -> bool:
         return self.failures >= FAILURES_MAX
 
@@ -91,6 +95,9 @@ class Supervisor:
     stopping: bool = False
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
     _gone: asyncio.Event = field(default_factory=asyncio.Event)  # a node ended while stopping
+    _changed: asyncio.Event = field(
+        default_factory=asyncio.Event
+    )  # a node ended, is ready; all converged
     _converged: asyncio.Event = field(default_factory=asyncio.Event)
     _told_voters: bool = False
     _liveness_write: int = -1
@@ -149,13 +156,37 @@ class Supervisor:
         return [node.spec.alias for node in self.nodes.values() if node.failing]
 
     async def converged(self, timeout_s: float) -> bool:
-        """Wait until every node (but those that never come up) sees every node alive."""
+        """Wait until every node (but those that never come up) sees every node alive; False at
+        once where none comes up."""
         try:
             async with asyncio.timeout(timeout_s):
-                await self._converged.wait()
+                while not self._converged.is_set():
+                    if len(self.failing) == len(self.specs):
+                        return False
+                    await self._change()
         except TimeoutError:
             return False
         return True
+
+    async def gone(self, alias: str, pid: int) -> None:
+        """Wait until the end of that process of the node was seen, and told to the others."""
+        node = self.nodes[alias]
+        while node.pid == pid and node.pidfd >= 0:
+            await self._change()
+
+    async def ready(self, timeout_s: float) -> bool:
+        """Wait until every node (but those that never come up) serves."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while any(not n.serves and not n.failing for n in self.nodes.values()):
+                    await self._change()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
 
     async def run(self) -> None:
         """Until `stop`."""
@@ -244,6 +275,7 @@ class Supervisor:
                 case Ready():
                     node.ready = message
                     node.failures = 0
+                    self._changed.set()
                     if node.restarts:
                         self.on_event(f"{node.spec.alias} is back, boot {message.boot}")
                 case Alive(count=count):
@@ -255,6 +287,7 @@ class Supervisor:
         everybody = len(well) + len(self.specs) - len(self.nodes)  # those to come are awaited
         if well and all(node.alive >= everybody for node in well):
             self._converged.set()
+            self._changed.set()
             self._tell_voters()
         else:
             self._converged.clear()
@@ -290,6 +323,7 @@ class Supervisor:
         node.alive = 0
         self._told_voters = False  # perhaps it was the one that was told, and had not done it
         self._gone.set()
+        self._changed.set()
         if node.ready is not None:
             news = ProcessEnded(node.ready.kid, node.ready.boot)
             for other in self.nodes.values():
@@ -306,6 +340,7 @@ class Supervisor:
     def _failed(self, node: Watched) -> None:
         """U2: it ended before it was ready."""
         node.failures += 1
+        self._changed.set()
         if node.failures == FAILURES_MAX:
             folder = node.spec.state_dir
             self.on_event(

@@ -169,6 +169,8 @@ async def _supervise(config: Config, count: int, report: _Report, while_fd: int 
             report.line(_converged_line(event))
         elif not ending.done():
             message = f"{count} nodes did not see each other within {CONVERGE_S:g} s."
+            if len(supervisor.failing) == count:
+                message = f"None of {count} nodes comes up."
             next_step = "`manifold logs`, and the console.log of each node, say why."
             report.event(error={"code": "unavailable", "message": message, "next": next_step})
             raise Unavailable(message, next_step)
