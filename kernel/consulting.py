@@ -64,6 +64,8 @@ class Consulting:
 
     def initialise(self, voters: Sequence[Kid]) -> None:
         """Make these the first voters, where there are none that anybody here knows of."""
+        if self._node.core.nexus.config is not None:
+            self._node.tell_agreed()
         if self._node.core.nexus.config is not None or self._first:
             return
         self._handle += 1
@@ -129,6 +131,7 @@ class Consulting:
             log.warning("nexus: no voters were made: %s", message.why or message.status)
         else:
             log.info("nexus: the voters are agreed")
+            self._node.tell_agreed()
 
     def _forget(self, handle: int) -> None:
         incoming = self._waiting.pop(handle, None)

@@ -206,6 +206,10 @@ class Alive(msgspec.Struct, frozen=True, array_like=True, tag="u.alive"):
     count: int
 
 
+class Agreed(msgspec.Struct, frozen=True, array_like=True, tag="u.agreed"):
+    """The node knows who votes: the answer to `FirstVoters`."""
+
+
 class ProcessEnded(msgspec.Struct, frozen=True, array_like=True, tag="u.ended"):
     """The supervisor saw that node's process end."""
 
@@ -214,7 +218,7 @@ class ProcessEnded(msgspec.Struct, frozen=True, array_like=True, tag="u.ended"):
 
 
 class FirstVoters(msgspec.Struct, frozen=True, array_like=True, tag="u.voters"):
-    """See to it that there are voters: these, where nobody has made any yet."""
+    """See to it that there are voters: these, where nobody has made any yet. `Agreed` follows."""
 
     voters: tuple[Kid, ...]
 
@@ -223,5 +227,5 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag="u.stop"):
     """Leave the cluster in good order and end."""
 
 
-ToSupervisor = Ready | Alive
+ToSupervisor = Ready | Alive | Agreed
 FromSupervisor = ProcessEnded | FirstVoters | Stop

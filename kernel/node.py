@@ -44,6 +44,7 @@ from manifold.kernel.membership.messages import (
 )
 from manifold.kernel.messages import (
     DECODER,
+    Agreed,
     Alive,
     FirstVoters,
     FromSupervisor,
@@ -484,6 +485,9 @@ class Node:
                     log.warning("%s stays out of reach: %s", member.meta.alias, error)
         else:
             self.bus.forget(member.kid)
+
+    def tell_agreed(self) -> None:
+        self._control.post(Agreed())
 
     def _tell_alive(self) -> None:
         count = sum(m.state in (State.ALIVE, State.SUSPECT) for m in self.core.membership.members())

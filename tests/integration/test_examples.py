@@ -8,6 +8,7 @@ import re
 import runpy
 import secrets
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -49,6 +50,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
         cluster = TestCluster(4, environ)
         yield cluster
         cluster.close()
+
+
+def test_the_project_that_is_tested_on_clusters_passes(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(ROOT / "examples" / "pytest_project", project)
+    environ = {name: each for name, each in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "2"], env=environ, cwd=project,
+        capture_output=True, text=True, timeout=110,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^=+ 9 passed in ", done.stdout, re.MULTILINE), done.stdout
 
 
 def manifold(cluster: TestCluster, command: str) -> subprocess.CompletedProcess[str]:

@@ -28,6 +28,7 @@ import msgspec
 from manifold.kernel import traces
 from manifold.kernel.errors import ManifoldError, Refused, Unavailable
 from manifold.kernel.messages import (
+    Agreed,
     Alive,
     FirstVoters,
     ProcessEnded,
@@ -100,6 +101,7 @@ class Supervisor:
     )  # a node ended, is ready; all converged
     _converged: asyncio.Event = field(default_factory=asyncio.Event)
     _told_voters: bool = False
+    _agreed: bool = True  # once they were told: whether somebody has answered
     _liveness_write: int = -1
     _zygote: subprocess.Popen[bytes] | None = None
     _zygote_fd: int = -1
@@ -163,6 +165,16 @@ class Supervisor:
                 while not self._converged.is_set():
                     if len(self.failing) == len(self.specs):
                         return False
+                    await self._change()
+        except TimeoutError:
+            return False
+        return True
+
+    async def agreed(self, timeout_s: float) -> bool:
+        """Wait until the voters that were chosen when all had converged are agreed."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self._agreed:
                     await self._change()
         except TimeoutError:
             return False
@@ -280,6 +292,9 @@ class Supervisor:
                         self.on_event(f"{node.spec.alias} is back, boot {message.boot}")
                 case Alive(count=count):
                     node.alive = count
+                case Agreed():
+                    self._agreed = True
+                    self._changed.set()
         self._look_converged()
 
     def _look_converged(self) -> None:
@@ -300,6 +315,7 @@ class Supervisor:
         if self._told_voters or len(ready) < len(self.specs) or channel is None:
             return
         self._told_voters = True
+        self._agreed = not count
         if count:
             channel.post(FirstVoters(tuple(each.kid for each in ready[:count])))
 

@@ -145,10 +145,13 @@ class TestCluster:
         )  # fmt: skip
 
     def wait_converged(self, timeout_s: float = CONVERGE_S) -> None:
-        """Until every node sees every node alive."""
+        """Until every node sees every node alive, and voters are agreed: everything can be asked
+        for. `Unavailable` where it takes longer."""
         if not self._call(self.supervisor.converged(timeout_s)):
             seen = {alias: n.alive for alias, n in sorted(self.supervisor.nodes.items())}
             raise Unavailable(f"The cluster has not converged: alive as seen by each: {seen}.")
+        if not self._call(self.supervisor.agreed(timeout_s)):
+            raise Unavailable("The cluster has not agreed on its voters.", "`logs` say why.")
 
     def logs(self, node: Node) -> str:
         """What the node and its workers have logged, and what they printed."""

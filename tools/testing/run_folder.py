@@ -57,6 +57,7 @@ class RunFolder:
         name = f"{digest(run)}-{worker[:WORKER_CHARS_MAX]}"
         for number in range(SAME_MAX):
             path = base() / (f"{name}-{number}" if number else name)
+            path.mkdir(mode=0o700, exist_ok=True)
             lock = _locked(path)
             if lock >= 0:
                 return cls(path, lock)
@@ -113,7 +114,6 @@ def _locked(path: Path) -> int:
     """A descriptor that holds the folder's lock; -1 where somebody else does, or it is gone."""
     lock = -1
     try:
-        path.mkdir(mode=0o700, exist_ok=True)
         lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(lock), os.stat(path / LOCK)):
