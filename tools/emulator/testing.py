@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 from manifold.kernel import messages as m
 from manifold.kernel import places
+from manifold.kernel.clock import JUMP_MS_MAX, RATE_MAX, RATE_MIN
 from manifold.kernel.config import Config, load
 from manifold.kernel.errors import ManifoldError, NotFound, Unavailable
 from manifold.kernel.process import throttle
@@ -200,6 +201,10 @@ class TestCluster:
         It cannot be put back, as that of a machine cannot; `rate=1.0` lets it go as others do.
         """
         alias = self.alias(node)
+        if not 0.0 <= jump_ms <= JUMP_MS_MAX:
+            raise ValueError(f"jump_ms={jump_ms!r}: write a number from 0 to {JUMP_MS_MAX:g}.")
+        if not RATE_MIN <= rate <= RATE_MAX:
+            raise ValueError(f"rate={rate!r}: write a number from {RATE_MIN:g} to {RATE_MAX:g}.")
         self.note(f"clock of {alias}: {jump_ms:g} ms ahead, rate {rate:g}")
         self._skewed.add(alias)
         self._tell(alias, m.SkewClock(jump_ms, rate))

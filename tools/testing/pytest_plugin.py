@@ -169,11 +169,9 @@ def _start(asked: Wish, environ: dict[str, str], folder: Path, **options: Any) -
 
 
 @pytest.fixture
-def manifold_clusters(
+def _manifold_start(
     request: pytest.FixtureRequest, manifold_folder: Path, manifold_environment: dict[str, str]
 ) -> Iterator[Callable[..., TestCluster]]:
-    """A function that starts clusters: `start(nodes, ...)`, with the marker's arguments. Further
-    ones go to `TestCluster`. Each is taken down in the end, and must have left nothing."""
     started: list[TestCluster] = request.node.stash.setdefault(_clusters_key, [])
 
     def start(*nodes: int, **options: Any) -> TestCluster:
@@ -199,15 +197,22 @@ def _wished() -> frozenset[str]:
 
 
 @pytest.fixture
+def manifold_clusters(_manifold_start: Callable[..., TestCluster]) -> Callable[..., TestCluster]:
+    """A function that starts clusters: `start(nodes, ...)`, with the marker's arguments. Further
+    ones go to `TestCluster`. Each is taken down in the end, and must have left nothing."""
+    return _manifold_start
+
+
+@pytest.fixture
 def manifold_cluster(
-    request: pytest.FixtureRequest, manifold_clusters: Callable[..., TestCluster]
+    request: pytest.FixtureRequest, _manifold_start: Callable[..., TestCluster]
 ) -> TestCluster:
     """The cluster of this test, as its marker asks; its nodes see each other."""
     marker = request.node.get_closest_marker(MARKER)
     if marker is None:
-        return manifold_clusters()
+        return _manifold_start()
     _asked(request.config, marker.args, marker.kwargs)  # what is wrong is told before all else
-    return manifold_clusters(*marker.args, **marker.kwargs)
+    return _manifold_start(*marker.args, **marker.kwargs)
 
 
 @pytest.fixture(scope="session")
