@@ -17,7 +17,9 @@ from manifold.kernel.errors import ManifoldError, NotFound, Unavailable
 from manifold.kernel.hyperbus.driver import Incoming
 from manifold.kernel.hyperbus.faults import to_failure
 from manifold.kernel.hyperbus.filter import Link
+from manifold.kernel.hyperbus.rules import Plan
 from manifold.kernel.inventory import inventory
+from manifold.kernel.link_rules import of_config
 from manifold.kernel.membership.messages import Member, State
 from manifold.kernel.observe.messages import GetMetrics, ProfileNode
 from manifold.kernel.scheduler.messages import JobList, ListJobs
@@ -44,6 +46,8 @@ _ASKED = frozenset(
         m.ReadLog,
         m.SetLink,
         m.ClearLinks,
+        m.LinkOrders,
+        m.GetLinks,
         m.Bye,
         GetMetrics,
         ProfileNode,
@@ -55,6 +59,8 @@ class SystemCalls:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._looking: dict[asyncio.Future[Any], Member] = {}  # relayed: at whom
+        self.orders = node.spec.orders
+        self._plan_links()
 
     def serves(self, body: Any) -> bool:
         return type(body) in _ASKED
@@ -83,6 +89,11 @@ class SystemCalls:
             case m.ClearLinks():
                 node.bus.filter.clear()
                 node.bus.reply(incoming, m.Done("every link is whole"))
+            case m.LinkOrders() as orders:
+                self.obey(orders)
+                node.bus.reply(incoming, m.Done(f"orders {self.orders.number} hold"))
+            case m.GetLinks():
+                node.bus.reply(incoming, self.links())
             case GetMetrics() | ProfileNode():
                 node.observatory.serve(incoming)
             case m.Bye():
@@ -126,6 +137,29 @@ class SystemCalls:
         ]  # fmt: skip
         return (*running, *waiting)
 
+    def obey(self, orders: m.LinkOrders) -> None:
+        """Rules of links have changed; older news is no news."""
+        if orders.number >= self.orders.number and orders != self.orders:
+            self.orders = orders
+            self._plan_links()
+
+    def _plan_links(self) -> None:
+        spec = self._node.spec
+        plan = Plan(spec.alias, of_config(spec.config), self.orders.rules)
+        self._node.bus.filter.set_plan(plan)
+
+    def links(self) -> m.Links:
+        """What became of this node's frames, rule by rule."""
+        node = self._node
+        ordered = frozenset(self.orders.rules)
+        tallies = tuple(
+            m.LinkTally(
+                rule, rule in ordered, t.sent, t.delayed, t.lost, t.reordered, t.cut
+            )
+            for rule, t in node.bus.filter.tallies.items() if rule is not None
+        )  # fmt: skip
+        return m.Links(node.spec.alias, self.orders.number, tallies)
+
     def _set_link(self, incoming: Incoming, rule: m.SetLink) -> None:
         peer = rule.peer
         if peer != "*":
@@ -135,7 +169,10 @@ class SystemCalls:
                 self._node.bus.reply(incoming, to_failure(error))
                 return
             peer = member.kid
-        link = Link(rule.drop, rule.delay_ms, rule.cut_to, rule.cut_from)
+        link = Link(
+            rule.latency_ms, rule.jitter_ms, rule.rate_bps, rule.loss, rule.reorder,
+            rule.cut_to, rule.cut_from,
+        )  # fmt: skip
         self._node.bus.filter.set(peer, link)
         self._node.bus.reply(incoming, m.Done(f"link to {rule.peer} set"))
 
