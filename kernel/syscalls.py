@@ -16,7 +16,7 @@ from manifold.kernel import messages as m
 from manifold.kernel.errors import ManifoldError, NotFound, Unavailable
 from manifold.kernel.hyperbus.driver import Incoming
 from manifold.kernel.hyperbus.faults import to_failure
-from manifold.kernel.hyperbus.filter import Link
+from manifold.kernel.hyperbus.filter import Link, Tally
 from manifold.kernel.hyperbus.rules import Plan
 from manifold.kernel.inventory import inventory
 from manifold.kernel.link_rules import of_config
@@ -151,13 +151,14 @@ class SystemCalls:
     def links(self) -> m.Links:
         """What became of this node's frames, rule by rule."""
         node = self._node
-        ordered = frozenset(self.orders.rules)
+        plan, counted = node.bus.filter.plan, node.bus.filter.tallies
+        assert plan is not None, "made with the node"
         tallies = tuple(
-            m.LinkTally(
-                rule, rule in ordered, t.sent, t.delayed, t.lost, t.reordered, t.cut
-            )
-            for rule, t in node.bus.filter.tallies.items() if rule is not None
-        )  # fmt: skip
+            m.LinkTally(rule, ordered, t.sent, t.delayed, t.lost, t.reordered, t.cut)
+            for ordered, rules in ((False, plan.rules), (True, plan.orders))
+            for rule in rules
+            for t in (counted.get(rule, Tally()),)
+        )
         return m.Links(node.spec.alias, self.orders.number, tallies)
 
     def _set_link(self, incoming: Incoming, rule: m.SetLink) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -276,7 +277,7 @@ def test_some_frames_overtake_others_and_the_rest_keep_their_order() -> None:
         wire.offer(Plane.DATA, number, 10, float(number))
     order = [number for _, _, number in land(wire)]
     assert sorted(order) == list(range(2000))
-    early = sum(later < number for number, later in zip(order, order[1:], strict=False))
+    early = sum(later < number for number, later in pairwise(order))
     assert 100 < early < 300
     assert 100 < wire.tally.reordered < 300
 

@@ -11,7 +11,7 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,9 +19,10 @@ from manifold.kernel import messages as m
 from manifold.kernel import places
 from manifold.kernel.config import Config, load
 from manifold.kernel.errors import ManifoldError, Unavailable
+from manifold.kernel.hyperbus.rules import LinkRule
 from manifold.kernel.process import throttle
 from manifold.shells.sdk.client import Client
-from manifold.tools.emulator import cluster
+from manifold.tools.emulator import cluster, orders
 from manifold.tools.emulator.supervisor import Supervisor, Watched
 
 CONVERGE_S = 30.0
@@ -49,6 +50,7 @@ class TestCluster:
         self.config: Config = load(config, {}, settings)
         self.events: list[str] = []
         self._stopped: set[str] = set()
+        self._told: set[str] = set()  # of their side of a link
         self._clients: list[Client] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="supervisor")
@@ -116,25 +118,55 @@ class TestCluster:
         self._stopped.discard(alias)
         os.kill(self.pid(alias), signal.SIGCONT)
 
-    def cut(self, one: Iterable[str], other: Iterable[str]) -> None:
-        """Cut every link between two sets of nodes, both ways."""
-        right = list(other)
-        for left in one:
-            for peer in right:
-                self.link(left, m.SetLink(peer, cut_to=True, cut_from=True))
+    def cut(self, one: Iterable[str], other: Iterable[str], *, one_way: bool = False) -> None:
+        """Cut every link between two sets of nodes, both ways or what the first send."""
+        self._order(LinkRule(",".join(one), ",".join(other), one_way, cut=True))
+
+    def slow(
+        self,
+        one: str,
+        other: str,
+        *,
+        latency_ms: float = 0.0,
+        jitter_ms: float = 0.0,
+        rate_bps: float = 0.0,
+        loss: float = 0.0,
+        reorder: float = 0.0,
+        one_way: bool = False,
+    ) -> None:
+        """Make links slow, narrow or lossy. A side is an alias, a class, `*`, or several with
+        commas between; of several rules that fit, the last one holds."""
+        figures = (latency_ms, jitter_ms, rate_bps, loss, reorder)
+        self._order(LinkRule(one, other, one_way, *figures))
+
+    def partition(self, *groups: Iterable[str]) -> None:
+        """Cut the nodes of each group off those of the others."""
+        self._order(*orders.partition([",".join(sorted(group)) for group in groups]))
+
+    def _order(self, *rules: LinkRule) -> None:
+        """Rules of links that hold until `heal`, also for nodes that start again."""
+        self._change(lambda before: orders.added(before, rules))
+
+    def _change(self, changed: Callable[[orders.Rules], orders.Rules]) -> None:
+        before, after = orders.change(self.supervisor.runtime_dir, changed)
+        told = orders.concerned(before.rules, after.rules, self.aliases)
+        orders.tell(self.name, self.environ, after, told)
 
     def link(self, alias: str, rule: m.SetLink) -> None:
-        """Set one node's side of a link."""
+        """Set one node's side of a link; it is forgotten when the node ends."""
         with Client(self.name, node=alias, environ=self.environ) as client:
             client.ask(rule)
+        self._told.add(alias)
 
     def heal(self) -> None:
-        """Lift every cut, and let every paused node go on."""
+        """Lift every rule of links, and let every paused node go on."""
         for alias in sorted(self._stopped):
             self.resume(alias)
-        for alias in self.aliases:
+        self._change(lambda before: ())
+        for alias in sorted(self._told):
             with Client(self.name, node=alias, environ=self.environ) as client:
                 client.ask(m.ClearLinks())
+        self._told.clear()
 
     # -- the end ------------------------------------------------------------------------------
 
