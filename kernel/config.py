@@ -357,7 +357,7 @@ def broken_relations(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     counts = {each.name: each.count for each in config.classes}
     for at, row in enumerate(config.links.rules):
         if wrong := _broken_link(row, counts):
-            yield (f"links.rules.{at}",), f"links.rules.{at} {wrong}."
+            yield (f"links.rules.{at}",), f"links.rules.{at} {wrong}"
     geode = config.geode
     if geode.weight_compute + geode.weight_memory + geode.weight_bandwidth == 0:
         yield ("geode.weight_compute",), "geode: one of the three weights must be above 0."
@@ -366,21 +366,15 @@ def broken_relations(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
 def _broken_link(row: LinkRow, counts: Mapping[str, int]) -> str:
     """What is wrong with the sides of a rule, or ""."""
     if row.between and (row.source or row.target):
-        return "has `between` and `from` or `to`: it is either both ways or one way"
+        return "has `between` and `from` or `to`: it is either both ways or one way."
     if not all(row.sides):
-        return "wants two sides: `between: [one, other]`, or `from: one, to: other`"
+        return "wants two sides: `between: [one, other]`, or `from: one, to: other`."
     for name in ",".join(row.sides).split(","):
-        kind, _, number = name.rpartition("-")
-        of_class = 1 <= int(number) <= counts.get(kind, 0) if number.isdecimal() else False
-        if (
-            name not in counts
-            and name != "*"
-            and not (of_class and name == f"{kind}-{int(number):02d}")
-        ):
-            near = loader.nearest(name, [*counts, *(f"{kind}-{number}" for kind in counts)])
-            return f"names {name[:60]!r}, which is no node, no class and not `*`. {near}".rstrip(
-                ". "
-            )
+        kind = name.rpartition("-")[0]
+        known = [f"{kind}-{each:02d}" for each in range(1, counts.get(kind, 0) + 1)]
+        if name not in ("*", *counts, *known):
+            near = loader.nearest(name, [*counts, *known])
+            return f"names {name[:60]!r}, which is no node, no class and not `*`. {near}".rstrip()
     return ""
 
 

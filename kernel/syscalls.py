@@ -17,7 +17,7 @@ from manifold.kernel.errors import ManifoldError, NotFound, Unavailable
 from manifold.kernel.hyperbus.driver import Incoming
 from manifold.kernel.hyperbus.faults import to_failure
 from manifold.kernel.hyperbus.filter import Link, Tally
-from manifold.kernel.hyperbus.rules import Plan
+from manifold.kernel.hyperbus.rules import Plan, has
 from manifold.kernel.inventory import inventory
 from manifold.kernel.link_rules import of_config
 from manifold.kernel.membership.messages import Member, State
@@ -149,7 +149,7 @@ class SystemCalls:
         self._node.bus.filter.set_plan(plan)
 
     def links(self) -> m.Links:
-        """What became of this node's frames, rule by rule."""
+        """What became of this node's frames, rule by rule that is about them."""
         node = self._node
         plan, counted = node.bus.filter.plan, node.bus.filter.tallies
         assert plan is not None, "made with the node"
@@ -157,6 +157,7 @@ class SystemCalls:
             m.LinkTally(rule, ordered, t.sent, t.delayed, t.lost, t.reordered, t.cut)
             for ordered, rules in ((False, plan.rules), (True, plan.orders))
             for rule in rules
+            if has(rule.a, node.spec.alias) or has(rule.b, node.spec.alias)
             for t in (counted.get(rule, Tally()),)
         )
         return m.Links(node.spec.alias, self.orders.number, tallies)
