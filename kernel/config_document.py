@@ -24,8 +24,8 @@ HEADER = """\
 # a key: MANIFOLD_SCHEDULER_GRAIN=10ms, or scheduler.grain=10ms. See docs/configuration.md.
 """
 CLASSES_HEADER = """\
-# Kinds of machines. The emulator enforces these figures; a board measures its own. A file that
-# has `classes` has exactly the classes it names.
+# Kinds of machines. The emulator enforces these figures, those of the network where `links.classes`
+# is on; a board measures its own. A file that has `classes` has exactly the classes it names.
 """
 
 

@@ -153,6 +153,7 @@ class LinkTally(msgspec.Struct, frozen=True):
 
     rule: LinkRule
     ordered: bool  # while the cluster runs; else of its file
+    place: int  # among the rules of its kind
     sent: int = 0
     delayed: int = 0
     lost: int = 0

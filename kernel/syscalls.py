@@ -154,9 +154,9 @@ class SystemCalls:
         plan, counted = node.bus.filter.plan, node.bus.filter.tallies
         assert plan is not None, "made with the node"
         tallies = tuple(
-            m.LinkTally(rule, ordered, t.sent, t.delayed, t.lost, t.reordered, t.cut)
+            m.LinkTally(rule, ordered, place, t.sent, t.delayed, t.lost, t.reordered, t.cut)
             for ordered, rules in ((False, plan.rules), (True, plan.orders))
-            for rule in rules
+            for place, rule in enumerate(rules)
             if has(rule.a, node.spec.alias) or has(rule.b, node.spec.alias)
             for t in (counted.get(rule, Tally()),)
         )

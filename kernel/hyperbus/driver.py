@@ -229,10 +229,13 @@ class Bus:
 
     def _names(self, to: str) -> tuple[str, str]:
         """Identity and alias of whom `to` means, where they are known: an address ends in the alias
-        of its node, and may be that of somebody who was never heard of."""
-        address = to if "://" in to else self._addresses.get(to, "")
-        peer = self._known_at.get(to, "") if "://" in to else to
-        return peer, address.rpartition("/")[2]
+        of its node, and may be that of somebody who was never heard of, or was forgotten."""
+        if "://" in to:
+            return self._known_at.get(to, ""), to.rpartition("/")[2]
+        address = self._addresses.get(to)
+        if address is None:
+            address = next((at for at, peer in self._known_at.items() if peer == to), "")
+        return to, address.rpartition("/")[2]
 
     def knows(self, peer: str) -> bool:
         return "://" in peer or peer in self._addresses

@@ -134,7 +134,7 @@ class Cluster:
                 }
             )
             return 0
-        for rule in gone:
+        for rule in (each for each in gone if not each.lifted):
             click.echo(f"lifted  {ends(rule)}: {effect(rule)}")
         for rule in new:
             click.echo(f"now     {ends(rule)}: {effect(rule)}")
@@ -287,24 +287,26 @@ def net_ls(context: click.Context, as_json: bool) -> int:
     """Every rule, and what became of the frames that it was about."""
     cluster = Cluster(context, as_json)
     answers = orders.ask(cluster.name, os.environ, m.GetLinks(), cluster.aliases)
-    found: dict[tuple[LinkRule, bool], list[int]] = {
-        (rule, True): [0] * 5 for rule in orders.read(cluster.runtime).rules
+    found: dict[tuple[bool, int, LinkRule], list[int]] = {
+        (True, place, rule): [0] * 5
+        for place, rule in enumerate(orders.read(cluster.runtime).rules)
     }
     silent = [alias for alias, answer in answers.items() if not isinstance(answer, m.Links)]
     for answer in answers.values():
         for each in answer.tallies if isinstance(answer, m.Links) else ():
-            counts = found.setdefault((each.rule, each.ordered), [0] * 5)
+            key = (each.ordered, each.place, each.rule)
             more = (each.sent, each.delayed, each.lost, each.reordered, each.cut)
-            found[each.rule, each.ordered] = [a + b for a, b in zip(counts, more, strict=True)]
+            counts = found.get(key, [0] * 5)
+            found[key] = [a + b for a, b in zip(counts, more, strict=True)]
     titles = ("sent", "delayed", "lost", "reordered", "cut")
-    rows = sorted(found.items(), key=lambda each: each[0][1])  # the file's first, each in its order
+    rows = sorted(found.items(), key=lambda each: each[0][:2])
     if as_json:
         print_json(
             {
                 "links": [
                     rule_dict(rule) | {"from": "net" if ordered else "file"}
                     | {"frames": dict(zip(titles, counts, strict=True))}
-                    for (rule, ordered), counts in rows
+                    for (ordered, _, rule), counts in rows
                 ],
                 "silent": silent,
             }
@@ -315,7 +317,7 @@ def net_ls(context: click.Context, as_json: bool) -> int:
             ["nodes", "link", "from", *titles],
             [
                 (ends(rule), effect(rule), "net" if ordered else "file", *counts)
-                for (rule, ordered), counts in rows
+                for (ordered, _, rule), counts in rows
             ],
         )
     else:
