@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from manifold.kernel import config_loader as loader
+from manifold.kernel import config_reader as reader
 from manifold.kernel.config_units import show
 from manifold.kernel.errors import ConfigError
 from manifold.kernel.limits import CLASS_NAME_CHARS_MAX, CLUSTER_NAME_CHARS_MAX, NODES_MAX
@@ -27,6 +28,7 @@ from manifold.kernel.places import runtime_dir as runtime_dir
 from manifold.kernel.places import runtime_path as runtime_path
 from manifold.kernel.places import state_dir as state_dir
 
+SIDES_CHARS_MAX = 8192  # 256 aliases of 29 characters with their commas
 DEFAULT_FILE = "manifold.yaml"
 PACKAGED = Path(__file__).parents[1] / DEFAULT_FILE  # importlib.resources would cost 12 ms
 VARIABLE_PREFIX = "MANIFOLD_"
@@ -177,6 +179,64 @@ class MetricsConfig:
     port: int = _key(0, "", 0, 65_535, "0: any free port; else the first free one from it on")
 
 
+@dataclass(frozen=True, slots=True)
+class LinkRow:
+    """A link between nodes, slower or worse than the host's own (docs/links.md).
+
+    A side is an alias, a class or `*`, or several with commas between.
+    """
+
+    between: str = _key(
+        "",
+        "",
+        None,
+        None,
+        "two sides, `[one, other]`: both ways",
+        pair=True,
+        chars_max=SIDES_CHARS_MAX,
+    )
+    source: str = _key(
+        "",
+        "",
+        None,
+        None,
+        "or the side that sends: one way",
+        name="from",
+        chars_max=SIDES_CHARS_MAX,
+    )
+    target: str = _key(
+        "", "", None, None, "and the side that receives", name="to", chars_max=SIDES_CHARS_MAX
+    )
+    latency_ms: float = _key(0.0, "ms", 0.0, 60_000.0, "one way")
+    jitter_ms: float = _key(0.0, "ms", 0.0, 60_000.0, "up to so much more or less")
+    rate: float = _key(0.0, "bit/s", 0.0, 1e12, "of each direction; 0bit/s: no limit")
+    loss: float = _key(0.0, "", 0.0, 1.0, "probability that a frame is lost")
+    reorder: float = _key(0.0, "", 0.0, 1.0, "probability that a frame overtakes others")
+    cut: bool = _key(False, "", None, None, "nothing passes")
+
+    @property
+    def one_way(self) -> bool:
+        return not self.between
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        if not self.between:
+            return self.source, self.target
+        one, _, other = self.between.partition(" ")
+        return one, other
+
+
+@dataclass(frozen=True, slots=True)
+class LinksConfig:
+    """Links between emulated nodes (docs/links.md); of several rules that fit, the last holds."""
+
+    classes: str = _key(
+        "off", "", None, None, "whether links have the latency and bandwidth of their classes",
+        choices=("on", "off"),
+    )  # fmt: skip
+    rules: tuple[LinkRow, ...] = ()
+
+
 # Sixteen nodes in four classes. A worker's share of a host core follows the boards' single-core
 # speed against a small server's (Geekbench 6, rounded); bandwidths and latencies are those of
 # a wired switch, and of wifi-class links for the Pi 4. Emulated memory is not taken until used.
@@ -202,11 +262,14 @@ class Config:
     tasks: TaskConfig = TaskConfig()
     nexus: NexusConfig = NexusConfig()
     metrics: MetricsConfig = MetricsConfig()
+    links: LinksConfig = LinksConfig()
 
     def __post_init__(self) -> None:
         _check_ranges(self, "")
         for row in self.classes:
             _check_ranges(row, f"classes.{row.name}.")
+        for number, link in enumerate(self.links.rules):
+            _check_ranges(link, f"links.rules.{number}.")
         for keys, reason in broken_relations(self):
             raise BrokenRelation(keys, reason)
 
@@ -248,8 +311,10 @@ SCHEMA = loader.Schema(
         "tasks": TaskConfig,
         "nexus": NexusConfig,
         "metrics": MetricsConfig,
+        "links": LinksConfig,
     },
     tables={"classes": NodeClass},
+    lists={("links", "rules"): LinkRow},
 )
 
 
@@ -289,9 +354,28 @@ def broken_relations(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             f"tasks.memory is {show(tasks.memory, 'bytes')}; no class has more than "
             f"{show(most, 'bytes')}, so that no program could run.",
         )
+    counts = {each.name: each.count for each in config.classes}
+    for at, row in enumerate(config.links.rules):
+        if wrong := _broken_link(row, counts):
+            yield (f"links.rules.{at}",), f"links.rules.{at} {wrong}"
     geode = config.geode
     if geode.weight_compute + geode.weight_memory + geode.weight_bandwidth == 0:
         yield ("geode.weight_compute",), "geode: one of the three weights must be above 0."
+
+
+def _broken_link(row: LinkRow, counts: Mapping[str, int]) -> str:
+    """What is wrong with the sides of a rule, or ""."""
+    if row.between and (row.source or row.target):
+        return "has `between` and `from` or `to`: it is either both ways or one way."
+    if not all(row.sides):
+        return "wants two sides: `between: [one, other]`, or `from: one, to: other`."
+    for name in ",".join(row.sides).split(","):
+        kind = name.rpartition("-")[0]
+        known = [f"{kind}-{each:02d}" for each in range(1, counts.get(kind, 0) + 1)]
+        if name not in ("*", *counts, *known):
+            near = loader.nearest(name, [*counts, *known])
+            return f"names {name[:60]!r}, which is no node, no class and not `*`. {near}".rstrip()
+    return ""
 
 
 def _less(
@@ -319,7 +403,7 @@ def load(
 ) -> Config:
     """The configuration in `path`, or the packaged default; raises `ConfigError` alone."""
     file = DEFAULT_FILE if path is None else str(path)
-    written = loader.document(SCHEMA, _read(path), file)
+    written = reader.document(SCHEMA, _read(path), file)
     names = {"classes": [key[1] for key in written if len(key) == 2]}
     if not names["classes"]:
         written |= _written_classes(file)

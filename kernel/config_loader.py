@@ -3,7 +3,7 @@
 Knows nothing of Manifold's keys: a `Schema` of dataclasses, whose fields carry unit, range and
 default in their metadata, says what is accepted.
 
-Interface: `document` reads a file into `Written` values by path; `from_environ` and
+Interface: `config_reader.document` reads a file into `Written` values by path; `from_environ` and
 `from_overrides` do the same for variables and flags; `build` makes the dataclass. The key of a
 field is its name without a unit suffix (`grain_ms` is `grain: 20ms`), because the value carries
 the unit. Variables and flags may also use the field's own name, and then the value is a plain
@@ -14,7 +14,6 @@ bounded by the constants below: libyaml hands out events one by one, and we coun
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import cache
@@ -30,6 +29,7 @@ KeyPath = tuple[str, ...]  # ("scheduler", "grain"), ("classes", "rpi4", "count"
 DOCUMENT_BYTES_MAX = 1 << 18  # 64 classes of 400 bytes are 25 KiB; ten times that for comments
 DEPTH_MAX = 4  # document, classes, one class, its key: nothing valid is deeper
 TABLE_ROWS_MAX = 64  # classes; more kinds of machines than anybody has
+LIST_ROWS_MAX = 256  # rules of links; 16 sites with a link of its own between any two take 120
 SUFFIX = "_ms"  # the one unit suffix that field names carry
 
 
@@ -47,15 +47,19 @@ class Key:
     doc: str
     choices: tuple[str, ...]
     name_chars_max: int
+    chars_max: int
+    pair: bool  # written as a list of two
 
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """`sections` hold keys, `tables` hold named rows of keys, `root` has keys of its own."""
+    """`sections` hold keys, `tables` hold named rows of keys, `root` has keys of its own; `lists`
+    are keys of sections that hold rows without names."""
 
     root: type
     sections: Mapping[str, type]
     tables: Mapping[str, type]
+    lists: Mapping[KeyPath, type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,7 @@ def keys_of(table: type) -> dict[str, Key]:
 def _key_of(field: Field[Any]) -> Key:
     unit = field.metadata["unit"]
     name = field.name.removesuffix(SUFFIX) if unit in units.SCALES else field.name
+    name = field.metadata.get("name", name)
     assert field.default is not MISSING, f"{field.name} has no default"
     return Key(
         field=field.name,
@@ -101,6 +106,8 @@ def _key_of(field: Field[Any]) -> Key:
         doc=field.metadata["doc"],
         choices=field.metadata.get("choices", ()),
         name_chars_max=field.metadata.get("name_chars_max", 0),
+        chars_max=field.metadata.get("chars_max", units.VALUE_CHARS_MAX),
+        pair=field.metadata.get("pair", False),
     )
 
 
@@ -128,6 +135,8 @@ def allowed(key: Key) -> str:
         return " or ".join(key.choices)
     if key.low is not None and key.high is not None:
         return f"{_shown(key, key.low)} to {_shown(key, key.high)}"
+    if key.pair:
+        return "[side, side]"
     return "true or false" if key.kind == "bool" else "a name"
 
 
@@ -156,7 +165,7 @@ def _value(key: Key, written: Written, path: KeyPath) -> Any:
     elif written.quoted and key.kind != "str" and key.unit not in units.SCALES:
         raise ConfigError(f"{written.where}: {dotted} is a text.", "Remove the quotes.")
     try:
-        value = units.parse(text, key.kind, key.unit)
+        value = units.parse(text, key.kind, key.unit, key.chars_max)
         check(key, value, dotted)
     except units.WrongValue as refusal:
         raise ConfigError(f"{written.where}: {dotted} {refusal}.") from None
@@ -188,11 +197,15 @@ def build(schema: Schema, written: Mapping[KeyPath, Written], file: str) -> dict
     arguments: dict[str, Any] = {}
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     parts: dict[str, dict[str, Any]] = {}
+    items: dict[KeyPath, dict[str, Any]] = {}
     for path, value in written.items():
         if len(path) == 2 and path[0] in schema.tables:  # the row itself: `rpi4: {}`
             rows.setdefault(path[0], {}).setdefault(path[1], {})
             continue
-        key = _find(schema, path, value)
+        if len(path) == 3 and path[:2] in schema.lists:
+            items[path] = {}
+            continue
+        key = find(schema, path, value)
         parsed = _value(key, value, path)
         match path:
             case (_,):
@@ -201,8 +214,15 @@ def build(schema: Schema, written: Mapping[KeyPath, Written], file: str) -> dict
                 parts.setdefault(section, {})[key.field] = parsed
             case (table, row, _):
                 rows.setdefault(table, {}).setdefault(row, {})[key.field] = parsed
+            case (_, _, _, _):
+                items[path[:3]][key.field] = parsed
             case _:
                 raise AssertionError(f"{file}: a path of {len(path)} words")
+    for (section, name, number), given in items.items():
+        item = schema.lists[section, name](**given)
+        found = parts.setdefault(section, {}).get(name, ())
+        assert int(number) == len(found), "entries are numbered as they are read"
+        parts[section][name] = (*found, item)
     for section, given in parts.items():
         arguments[section] = schema.sections[section](**given)
     for table, named in rows.items():
@@ -211,13 +231,15 @@ def build(schema: Schema, written: Mapping[KeyPath, Written], file: str) -> dict
     return arguments
 
 
-def _find(schema: Schema, path: KeyPath, written: Written) -> Key:
+def find(schema: Schema, path: KeyPath, written: Written) -> Key:
     """The key at `path`, or a refusal that names the nearest."""
     head, *rest = path
     if head in schema.tables and len(path) == 3:
         known = _row_keys(schema.tables[head])
     elif head in schema.sections and len(path) == 2:
         known = keys_of(schema.sections[head])
+    elif path[:2] in schema.lists and len(path) == 4:
+        known = keys_of(schema.lists[path[:2]])
     elif len(path) == 1:
         known = keys_of(schema.root)
     else:
@@ -226,7 +248,7 @@ def _find(schema: Schema, path: KeyPath, written: Written) -> Key:
     if key is None and written.bare:
         key = next((each for each in known.values() if each.field == path[-1]), None)
     if key is None:
-        raise _unknown(schema, path, written.where, [*known, *([] if rest else _heads(schema))])
+        raise _unknown(schema, path, written.where, [*known, *([] if rest else heads(schema))])
     return key
 
 
@@ -235,7 +257,7 @@ def _row_keys(row: type) -> dict[str, Key]:
     return {name: key for name, key in keys_of(row).items() if name != "name"}
 
 
-def _heads(schema: Schema) -> list[str]:
+def heads(schema: Schema) -> list[str]:
     return [*schema.sections, *schema.tables]
 
 
@@ -259,6 +281,9 @@ def paths(schema: Schema, rows: Mapping[str, Iterable[str]] | None = None) -> It
     for name, table in schema.tables.items():
         for row in (rows or {}).get(name, ()):
             yield from ((name, row, key) for key in _row_keys(table))
+    for (section, name), item in schema.lists.items():
+        for number in (rows or {}).get(f"{section}.{name}", ()):
+            yield from ((section, name, number, key) for key in keys_of(item))
 
 
 # --- flags and variables --------------------------------------------------------------------
@@ -295,10 +320,10 @@ def from_environ(
     known = {variable(path): path for path in paths(schema, rows)}
     known |= _field_names(schema, rows, variable)
     known = {name: path for name, path in known.items() if name not in not_keys}
-    heads = tuple(prefix + head.upper() + "_" for head in _heads(schema))
+    begins = tuple(prefix + head.upper() + "_" for head in heads(schema))
 
     def like_a_key(name: str) -> bool:
-        return name.startswith(heads) or bool(nearest(name, known, 0.85))
+        return name.startswith(begins) or bool(nearest(name, known, 0.85))
 
     return _named(known, given, "variable ", like_a_key, 1)
 
@@ -309,7 +334,7 @@ def _field_names(
     """The names with a unit suffix, which the file does not have."""
     found = {}
     for path in paths(schema, rows):
-        key = _find(schema, path, Written("", ""))
+        key = find(schema, path, Written("", ""))
         if key.field != key.name:
             found[join((*path[:-1], key.field))] = (*path[:-1], key.field)
     return found
@@ -337,191 +362,3 @@ def _named(
         bare = path[-1].endswith(SUFFIX)
         found[plain] = Written(text.strip(), f"{what}{name}", bare=bare, source=source)
     return found
-
-
-# --- the file -------------------------------------------------------------------------------
-
-
-def document(schema: Schema, data: bytes, file: str) -> dict[KeyPath, Written]:
-    """Every value of a YAML document by its path; `file` is the name to use in refusals."""
-    text = _text(data, file)
-    reader = _Reader(schema, file)
-    events = _events(text, file)
-    for event in events:
-        reader.take(event)
-    return reader.written
-
-
-def _text(data: bytes, file: str) -> str:
-    if len(data) > DOCUMENT_BYTES_MAX:
-        raise ConfigError(
-            f"{file}:1:1: the file is larger than {DOCUMENT_BYTES_MAX} bytes.",
-            "Is it a configuration of Manifold?",
-        )
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as fault:
-        line = data.count(b"\n", 0, fault.start) + 1
-        column = fault.start - data.rfind(b"\n", 0, fault.start)
-        raise ConfigError(
-            f"{file}:{line}:{column}: byte 0x{data[fault.start]:02x} is not UTF-8.",
-            "Save the file as UTF-8.",
-        ) from None
-    tab = re.search(r"^[ ]*\t", text, re.MULTILINE)
-    if tab:
-        line = text.count("\n", 0, tab.start()) + 1
-        column = tab.end() - tab.start()
-        raise ConfigError(f"{file}:{line}:{column}: a tab in the indentation.", "Use spaces.")
-    return text
-
-
-def _events(text: str, file: str) -> Iterator[Any]:
-    import yaml  # 25 ms: only those who read a file pay for it
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        yield from yaml.parse(text, Loader=loader)
-    except yaml.MarkedYAMLError as fault:
-        mark = fault.problem_mark or fault.context_mark
-        place = f"{mark.line + 1}:{mark.column + 1}" if mark else "1:1"
-        reason = fault.problem or fault.context or "it cannot be read"
-        raise ConfigError(f"{file}:{place}: not YAML: {reason}.") from None
-    except yaml.YAMLError as fault:  # the reader's: a character that YAML excludes
-        reason = getattr(fault, "reason", None) or "it cannot be read"
-        position = getattr(fault, "position", None) or 0
-        before = text[: position if isinstance(position, int) else 0]
-        place = f"{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
-        raise ConfigError(f"{file}:{place}: not YAML: {reason}.") from None
-
-
-class _Reader:
-    """Turns events into `written`; `stack` holds the keys above the value that comes next."""
-
-    def __init__(self, schema: Schema, file: str) -> None:
-        self.schema = schema
-        self.file = file
-        self.written: dict[KeyPath, Written] = {}
-        self.stack: list[str | None] = []  # one entry for each open mapping: the key being read
-        self.seen: dict[KeyPath, set[str]] = {}
-        self.documents = 0
-
-    def take(self, event: Any) -> None:
-        kind = type(event).__name__
-        if getattr(event, "anchor", None) is not None:
-            raise self._refusal(event, "anchors and aliases are not used here.", "Write it out.")
-        if getattr(event, "tag", None) not in (None, "!"):
-            raise self._refusal(event, f"the tag {event.tag[:40]!r} is not used here.", "Drop it.")
-        match kind:
-            case "DocumentStartEvent":
-                self.documents += 1
-                if self.documents > 1:
-                    raise self._refusal(event, "a second document begins.", "Keep one.")
-            case "MappingStartEvent":
-                self._open(event)
-            case "MappingEndEvent":
-                self._close(event)
-            case "ScalarEvent":
-                self._scalar(event)
-            case "SequenceStartEvent":
-                raise self._refusal(event, self._not_a_list())
-            case "StreamEndEvent" if self.documents == 0:
-                raise self._refusal(
-                    event, "the file is empty.", "Write at least `cluster: NAME`, or give no file."
-                )
-            case _:
-                pass  # stream and document brackets carry nothing
-
-    def _open(self, event: Any) -> None:
-        path = self._path()
-        if self.stack and self.stack[-1] is None:
-            raise self._refusal(event, "a key must be a word.")
-        is_section = len(path) == 1 and (path[0] in self.schema.sections or self._is_table(path))
-        is_row = len(path) == 2 and self._is_table(path)
-        if not (path == () or is_section or is_row):
-            _find(self.schema, path, Written("", self._where(event)))  # an unknown key says so
-            raise self._refusal(event, f"{'.'.join(path)} takes one value, not keys.")
-        assert len(self.stack) < DEPTH_MAX, "the schema bounds the depth"
-        if is_row:
-            self.written[path] = Written("", self._where(event))
-        self.stack.append(None)
-        self.seen[path] = set()
-
-    def _close(self, event: Any) -> None:
-        self.stack.pop()
-        path = self._path()
-        if len(path) == 1 and self._is_table(path) and not self.seen[path]:
-            raise self._refusal(event, f"{path[0]} has no rows.", "Write one or drop the key.")
-        self._value_done()
-
-    def _scalar(self, event: Any) -> None:
-        if not self.stack:
-            if event.value == "" and not event.style:
-                raise self._refusal(event, "the file is empty.", "Write at least `cluster: NAME`.")
-            raise self._refusal(event, "keys are wanted here, `key: value`.")
-        if self.stack[-1] is None:
-            self._key(event)
-            return
-        path = self._path()
-        quoted = event.style in ("'", '"', "|", ">")
-        if not quoted and event.value in ("", "~", "null", "Null", "NULL"):
-            self._nothing(path, event)
-        elif path[0] in self.schema.sections and len(path) == 1:
-            raise self._refusal(event, f"{path[0]} takes keys, not the value {event.value[:40]!r}.")
-        elif self._is_table(path) and len(path) < 3:
-            raise self._refusal(event, f"{'.'.join(path)} takes keys, such as `count: 4`.")
-        else:
-            where = self._where(event)
-            _find(self.schema, path, Written("", where))
-            self.written[path] = Written(event.value, where, quoted)
-        self._value_done()
-
-    def _key(self, event: Any) -> None:
-        name, table = event.value, self._path()
-        if name in self.seen[table]:
-            what = "the class" if self._is_table(table) and len(table) == 1 else "the key"
-            raise self._refusal(event, f"{what} {name[:60]!r} stands twice.", "Keep one of them.")
-        self.seen[table].add(name)
-        path = (*table, name)
-        if self._is_table(path) and len(path) == 2:
-            self._row_name(name, event)
-        elif not (len(path) == 1 and name in _heads(self.schema)):
-            _find(self.schema, path, Written("", self._where(event)))
-        self.stack[-1] = name
-
-    def _row_name(self, name: str, event: Any) -> None:
-        row = keys_of(self.schema.tables[self._path()[0]])["name"]
-        try:
-            check(row, name[:80], "the name of a class")
-        except ConfigError as refusal:
-            raise self._refusal(event, refusal.message) from None
-        if len(self.seen[self._path()]) > TABLE_ROWS_MAX:
-            raise self._refusal(event, f"there are more than {TABLE_ROWS_MAX} classes.")
-
-    def _nothing(self, path: KeyPath, event: Any) -> None:
-        """A section whose keys are all commented out is fine; a key without a value is not."""
-        if len(path) == 1 and path[0] in self.schema.sections:
-            return
-        if len(path) == 2 and self._is_table(path):  # `rpi4:` is a class with every default
-            self.written[path] = Written("", self._where(event))
-            return
-        raise self._refusal(event, f"{'.'.join(path)} has no value.", "Write one or drop the key.")
-
-    def _is_table(self, path: KeyPath) -> bool:
-        return bool(path) and path[0] in self.schema.tables
-
-    def _path(self) -> KeyPath:
-        return tuple(key for key in self.stack if key is not None)
-
-    def _value_done(self) -> None:
-        if self.stack:
-            self.stack[-1] = None
-
-    def _not_a_list(self) -> str:
-        path = ".".join(self._path())
-        return f"{path or 'the file'} takes no list; write `key: value` lines beneath it."
-
-    def _where(self, event: Any) -> str:
-        return f"{self.file}:{event.start_mark.line + 1}:{event.start_mark.column + 1}"
-
-    def _refusal(self, event: Any, reason: str, next_step: str = "") -> ConfigError:
-        return ConfigError(f"{self._where(event)}: {reason}", next_step)

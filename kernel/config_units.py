@@ -34,10 +34,10 @@ class WrongValue(ValueError):
     """The text is not a value of the kind that is wanted; the argument says why."""
 
 
-def parse(text: str, kind: str, unit: str) -> Value:
+def parse(text: str, kind: str, unit: str, chars_max: int = VALUE_CHARS_MAX) -> Value:
     """The value of `text`; `kind` is int, float, bool or str, `unit` a key of `SCALES` or other."""
-    if len(text) > VALUE_CHARS_MAX:
-        raise WrongValue(f"is longer than {VALUE_CHARS_MAX} characters")
+    if len(text) > chars_max:
+        raise WrongValue(f"is longer than {chars_max} characters")
     if kind == "str":
         return text
     if kind == "bool":

@@ -15,6 +15,7 @@ from msgspec import Meta
 from manifold.kernel.clock import JUMP_MS_MAX, RATE_MAX, RATE_MIN
 from manifold.kernel.geode.messages import LoadReport
 from manifold.kernel.hyperbus import messages as hyperbus
+from manifold.kernel.hyperbus.rules import RULES_MAX, LinkRule, Probability, Rate, Time
 from manifold.kernel.membership import messages as membership
 from manifold.kernel.nexus import messages as nexus
 from manifold.kernel.observe import messages as observe
@@ -123,14 +124,48 @@ class SetLink(msgspec.Struct, frozen=True, array_like=True, tag="n.link"):
     """Answered by `Done`: what happens to messages between this node and `peer` ("*": all)."""
 
     peer: str
-    drop: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    delay_ms: Annotated[float, Meta(ge=0, le=60_000)] = 0.0
+    latency_ms: Time = 0.0
+    jitter_ms: Time = 0.0
+    rate_bps: Rate = 0.0
+    loss: Probability = 0.0
+    reorder: Probability = 0.0
     cut_to: bool = False
     cut_from: bool = False
 
 
 class ClearLinks(msgspec.Struct, frozen=True, array_like=True, tag="n.heal"):
-    """Answered by `Done`: every rule of `SetLink` is lifted."""
+    """Answered by `Done`: every rule of `SetLink` is lifted, at this node."""
+
+
+class LinkOrders(msgspec.Struct, frozen=True, array_like=True, tag="n.orders"):
+    """Answered by `Done`: rules of links made while the cluster runs, all there are. Those of a
+    lower `number` than are known already are not taken."""
+
+    number: Annotated[int, Meta(ge=0)] = 0
+    rules: Annotated[tuple[LinkRule, ...], Meta(max_length=RULES_MAX)] = ()
+
+
+class GetLinks(msgspec.Struct, frozen=True, array_like=True, tag="n.links"):
+    """Answered by `Links`."""
+
+
+class LinkTally(msgspec.Struct, frozen=True):
+    """What became of frames that this node sent, or did not take, under one rule."""
+
+    rule: LinkRule
+    ordered: bool  # while the cluster runs; else of its file
+    place: int  # among the rules of its kind
+    sent: int = 0
+    delayed: int = 0
+    lost: int = 0
+    reordered: int = 0
+    cut: int = 0
+
+
+class Links(msgspec.Struct, frozen=True, array_like=True, tag="n.linkinfo"):
+    alias: str
+    number: int  # of the orders it has
+    tallies: tuple[LinkTally, ...]
 
 
 class SkewClock(msgspec.Struct, frozen=True, array_like=True, tag="n.clock"):
@@ -167,6 +202,9 @@ Message = (
     | SetLink
     | ClearLinks
     | SkewClock
+    | LinkOrders
+    | GetLinks
+    | Links
     | Done
     | Bye
 )
@@ -228,4 +266,4 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag="u.stop"):
 
 
 ToSupervisor = Ready | Alive | Agreed
-FromSupervisor = ProcessEnded | FirstVoters | Stop
+FromSupervisor = ProcessEnded | FirstVoters | LinkOrders | Stop

@@ -48,6 +48,7 @@ from manifold.kernel.messages import (
     Alive,
     FirstVoters,
     FromSupervisor,
+    LinkOrders,
     ProcessEnded,
     Ready,
     Stop,
@@ -113,6 +114,7 @@ class NodeSpec(msgspec.Struct, frozen=True):
     bandwidth_bps: float
     latency_ms: float
     gpu: bool
+    orders: LinkOrders = LinkOrders()  # rules of links made since the cluster came up
 
 
 class Node:
@@ -222,6 +224,8 @@ class Node:
                     self.perform(self.core.process_ended(kid, boot, self.now_ms()))
                 case FirstVoters(voters=voters):
                     self.consulting.initialise(voters)
+                case LinkOrders() as orders:
+                    self.calls.obey(orders)
                 case Stop():
                     self.leave()
 

@@ -16,8 +16,10 @@ from manifold.kernel import messages as m
 from manifold.kernel.errors import ManifoldError, NotFound, Unavailable
 from manifold.kernel.hyperbus.driver import Incoming
 from manifold.kernel.hyperbus.faults import to_failure
-from manifold.kernel.hyperbus.filter import Link
+from manifold.kernel.hyperbus.filter import Link, Tally
+from manifold.kernel.hyperbus.rules import Plan, has
 from manifold.kernel.inventory import inventory
+from manifold.kernel.link_rules import of_config
 from manifold.kernel.membership.messages import Member, State
 from manifold.kernel.observe.messages import GetMetrics, ProfileNode
 from manifold.kernel.scheduler.messages import JobList, ListJobs
@@ -45,6 +47,8 @@ _ASKED = frozenset(
         m.SetLink,
         m.ClearLinks,
         m.SkewClock,
+        m.LinkOrders,
+        m.GetLinks,
         m.Bye,
         GetMetrics,
         ProfileNode,
@@ -56,6 +60,8 @@ class SystemCalls:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._looking: dict[asyncio.Future[Any], Member] = {}  # relayed: at whom
+        self.orders = node.spec.orders
+        self._plan_links()
 
     def serves(self, body: Any) -> bool:
         return type(body) in _ASKED
@@ -87,6 +93,11 @@ class SystemCalls:
             case m.SkewClock(jump_ms=jump_ms, rate=rate):
                 node.skew_clock(jump_ms, rate)
                 node.bus.reply(incoming, m.Done("the clock is set"))
+            case m.LinkOrders() as orders:
+                self.obey(orders)
+                node.bus.reply(incoming, m.Done(f"orders {self.orders.number} hold"))
+            case m.GetLinks():
+                node.bus.reply(incoming, self.links())
             case GetMetrics() | ProfileNode():
                 node.observatory.serve(incoming)
             case m.Bye():
@@ -130,6 +141,31 @@ class SystemCalls:
         ]  # fmt: skip
         return (*running, *waiting)
 
+    def obey(self, orders: m.LinkOrders) -> None:
+        """Rules of links have changed; older news is no news."""
+        if orders.number >= self.orders.number and orders != self.orders:
+            self.orders = orders
+            self._plan_links()
+
+    def _plan_links(self) -> None:
+        spec = self._node.spec
+        plan = Plan(spec.alias, of_config(spec.config), self.orders.rules)
+        self._node.bus.filter.set_plan(plan)
+
+    def links(self) -> m.Links:
+        """What became of this node's frames, rule by rule that is about them."""
+        node = self._node
+        plan, counted = node.bus.filter.plan, node.bus.filter.tallies
+        assert plan is not None, "made with the node"
+        tallies = tuple(
+            m.LinkTally(rule, ordered, place, t.sent, t.delayed, t.lost, t.reordered, t.cut)
+            for ordered, rules in ((False, plan.rules), (True, plan.orders))
+            for place, rule in enumerate(rules)
+            if has(rule.a, node.spec.alias) or has(rule.b, node.spec.alias)
+            for t in (counted.get(rule, Tally()),)
+        )
+        return m.Links(node.spec.alias, self.orders.number, tallies)
+
     def _set_link(self, incoming: Incoming, rule: m.SetLink) -> None:
         peer = rule.peer
         if peer != "*":
@@ -139,7 +175,10 @@ class SystemCalls:
                 self._node.bus.reply(incoming, to_failure(error))
                 return
             peer = member.kid
-        link = Link(rule.drop, rule.delay_ms, rule.cut_to, rule.cut_from)
+        link = Link(
+            rule.latency_ms, rule.jitter_ms, rule.rate_bps, rule.loss, rule.reorder,
+            rule.cut_to, rule.cut_from,
+        )  # fmt: skip
         self._node.bus.filter.set(peer, link)
         self._node.bus.reply(incoming, m.Done(f"link to {rule.peer} set"))
 

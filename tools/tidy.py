@@ -25,7 +25,9 @@ FLOORS = {"vm": 0, "kernel": 1, "shells": 2, "images": 3, "tools": 3, "": 4}  # 
 
 # Inside the kernel; what is not named here: a folder is a subsystem, a file is at node's height.
 ORDER = {
-    **dict.fromkeys(("config", "config_units", "config_loader", "config_document"), 1),
+    **dict.fromkeys(
+        ("config", "config_units", "config_loader", "config_reader", "config_document"), 1
+    ),
     **dict.fromkeys(("effects", "limits", "errors", "durable", "places", "identity", "traces"), 1),
     **dict.fromkeys(("inventory", "otel", "rendezvous", "tasks"), 1),
     **dict.fromkeys(("geode", "process"), 2),

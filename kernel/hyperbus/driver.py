@@ -28,7 +28,8 @@ from manifold.kernel.effects import Plane
 from manifold.kernel.errors import Maybe, PeerError, Unavailable
 from manifold.kernel.hyperbus import faults, sockets
 from manifold.kernel.hyperbus.door import Door
-from manifold.kernel.hyperbus.filter import CUT, Filter
+from manifold.kernel.hyperbus.emulation import Emulation, Wired
+from manifold.kernel.hyperbus.filter import Filter
 from manifold.kernel.hyperbus.frames import (
     Outbox,
     Reassembly,
@@ -50,6 +51,7 @@ from manifold.kernel.hyperbus.sockets import ReverseReceiver, ReverseSender
 from manifold.kernel.hyperbus.streams import Receiver, Sender
 from manifold.kernel.limits import (
     DIALERS_MAX,
+    FRAME_BYTES_MAX,
     PEERS_MAX,
     SOCKET_BUFFER_FRAMES,
 )
@@ -109,14 +111,18 @@ class Bus:
         self.boot = boot
         self.cluster = cluster
         self.alias = alias
-        self.filter = Filter(Random(identity))
+        self.filter = Filter()
         self.counters: Counter[str] = Counter()
         self._decoder = decoder
         self._on_message = on_message
         self._seal: Seal = seal or Plain()
         self._loop = asyncio.get_running_loop()
+        self.emulation = Emulation(
+            self.filter, Random(identity), self._loop, self._names, self._land, self._mark,
+            self.counters,
+        )  # fmt: skip
         self._addresses: dict[str, str] = {}
-        self._known_at: OrderedDict[str, str] = OrderedDict()  # address to peer, for the filter
+        self._known_at: OrderedDict[str, str] = OrderedDict()  # address to peer, for its link
         self._trim: asyncio.TimerHandle | None = None
         self._peers: OrderedDict[str, _Peer] = OrderedDict()
         self._dirty: dict[tuple[str, Plane], None] = {}
@@ -157,6 +163,7 @@ class Bus:
         self._known_at.move_to_end(address)
         if len(self._known_at) > PEERS_MAX:
             self._known_at.popitem(last=False)
+        self.emulation.learned(peer, address)
         self._hang_up(peer)
 
     def learn_reverse(self, peer: str, listen: str) -> None:
@@ -214,11 +221,21 @@ class Bus:
             total += peer.lines[Plane.CONTROL].outbox.queued_bytes
             if not peer.reverse:  # else both planes are one line
                 total += peer.lines[Plane.DATA].outbox.queued_bytes
-        return total
+        return total + self.emulation.held_bytes
 
     def address_of(self, peer: str) -> str:
         """Where `peer` is reached, or "" where that is not known."""
         return self._addresses.get(peer, "")
+
+    def _names(self, to: str) -> tuple[str, str]:
+        """Identity and alias of whom `to` means, where they are known: an address ends in the alias
+        of its node, and may be that of somebody who was never heard of, or was forgotten."""
+        if "://" in to:
+            return self._known_at.get(to, ""), to.rpartition("/")[2]
+        address = self._addresses.get(to)
+        if address is None:
+            address = next((at for at, peer in self._known_at.items() if peer == to), "")
+        return to, address.rpartition("/")[2]
 
     def knows(self, peer: str) -> bool:
         return "://" in peer or peer in self._addresses
@@ -334,22 +351,30 @@ class Bus:
     def _drain(self, to: str, plane: Plane, line: _Line) -> None:
         if line.socket is None and not self._dial(to, plane, line):
             return
-        name = self._known_at.get(to, to)  # a cut holds also for what is sent by address
+        if self.emulation.engaged and (wired := self.emulation.wire(to)) is not None:
+            self._drain_emulated(wired, to, plane, line)
+            return
         socket = line.socket
         assert socket is not None
         for _ in range(SOCKET_BUFFER_FRAMES):
             if not line.outbox.queue or not socket.ready:
                 return
             frame, count = line.outbox.take(self.cluster, self.identity, self.boot)
-            hold_ms = self.filter.outgoing_ms(name)
-            if hold_ms == CUT:
-                self.counters["frames_cut"] += 1
-            elif hold_ms > 0:
-                self._loop.call_later(hold_ms / 1000, self._send_late, to, plane, frame)
-            elif not self._send_now(to, plane, socket, frame):
+            if not self._send_now(to, plane, socket, frame):
                 return
             line.outbox.drop(count)
         self._mark(to, plane)  # others first: it may take them as fast as we write
+
+    def _drain_emulated(self, wired: Wired, to: str, plane: Plane, line: _Line) -> None:
+        self.emulation.resume(to)  # perhaps it is the socket that has room again
+        for _ in range(SOCKET_BUFFER_FRAMES):
+            if not line.outbox.queue or not self.emulation.room(wired, to, plane):
+                return
+            most = min(wired.wire.pace_bytes, FRAME_BYTES_MAX)
+            frame, count = line.outbox.take(self.cluster, self.identity, self.boot, most)
+            line.outbox.drop(count)
+            self.emulation.offer(wired, to, plane, frame)
+        self._mark(to, plane)
 
     def _dial(self, to: str, plane: Plane, line: _Line) -> bool:
         address = to if "://" in to else self._addresses[to]
@@ -373,11 +398,16 @@ class Bus:
         self.counters["bytes_sent"] += len(frame)
         return True
 
-    def _send_late(self, to: str, plane: Plane, frame: bytes) -> None:
-        peer = self._peers.get(to)
-        socket = peer.lines[plane].socket if peer is not None else None
-        if socket is None or not self._send_now(to, plane, socket, frame):
-            self.counters["frames_dropped"] += 1  # a delayed frame has lost its place in the queue
+    def _land(self, to: str, plane: Plane, frame: bytes) -> bool:
+        """An emulated link has carried a frame: whether its socket takes it."""
+        if not self.knows(to):
+            self.counters["frames_dropped"] += 1  # it was forgotten meanwhile
+            return True
+        line = self._line(to, plane)
+        if line.socket is None and not self._dial(to, plane, line):
+            return True
+        assert line.socket is not None
+        return self._send_now(to, plane, line.socket, frame)
 
     def _hang_up(self, peer: str) -> None:
         entry = self._peers.pop(peer, None)
@@ -387,6 +417,12 @@ class Bus:
         for line in (control,) if data is control else (control, data):  # one where it is reverse
             if line.socket is not None:
                 line.socket.close()
+        if self.emulation.engaged:  # another socket is opened for what is on its way
+            self._loop.call_soon(self._resume, peer)
+
+    def _resume(self, peer: str) -> None:
+        if not self._closed:
+            self.emulation.resume(peer)
 
     # -- receiving ----------------------------------------------------------------------------
 
@@ -401,8 +437,7 @@ class Bus:
         except PeerError as error:
             self._bad("", error)
             return
-        if not self.filter.incoming(frame.source):
-            self.counters["frames_cut"] += 1
+        if self.emulation.engaged and not self.emulation.hears(frame.source):
             return
         self.counters["frames_received"] += 1
         self.counters["bytes_received"] += len(sealed)
@@ -465,6 +500,7 @@ class Bus:
             self._door.close()
         for receiver in self._receivers:
             receiver.close()
+        self.emulation.close()
         for peer in list(self._peers):
             self._hang_up(peer)
         for future, timer, to in list(self._requests.values()):

@@ -90,10 +90,14 @@ class Outbox:
         self.queue.append(encoded)
         self.queued_bytes += len(encoded)
 
-    def take(self, cluster: str, source: str, boot: int) -> tuple[bytes, int]:
-        """The next frame and how many queued envelopes it holds; they stay queued until `drop`."""
+    def take(
+        self, cluster: str, source: str, boot: int, most_bytes: int = FRAME_BYTES_MAX
+    ) -> tuple[bytes, int]:
+        """The next frame and how many queued envelopes it holds; they stay queued until `drop`.
+
+        It has `most_bytes`, or a single envelope."""
         parts: list[msgspec.Raw] = []
-        room = FRAME_BYTES_MAX - FRAME_OVERHEAD_BYTES
+        room = most_bytes - FRAME_OVERHEAD_BYTES
         for encoded in self.queue:
             room -= len(encoded)
             if len(parts) >= FRAME_ENVELOPES_MAX or (room < 0 and parts):

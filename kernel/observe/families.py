@@ -31,7 +31,7 @@ DEFINITIONS: dict[str, tuple[Kind, str, str]] = {
     "manifold_bus_sent_bytes": ("counter", "bytes", "Bytes of the frames that left."),
     "manifold_bus_received_bytes": ("counter", "bytes", "Bytes of the frames that came."),
     "manifold_bus_frames_lost": (
-        "counter", "", "Frames that were cut by a rule of a link, dropped, torn or lost."),
+        "counter", "", "Frames that were cut or lost by a rule of a link, dropped, torn or lost."),
     "manifold_bus_bad_messages": ("counter", "", "Inputs that did not decode or did not belong."),
     "manifold_bus_sends_dropped": ("counter", "", "Messages that could not be queued."),
     "manifold_bus_replies_dropped": ("counter", "", "Answers that could not be queued."),

@@ -14,6 +14,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "status": ("manifold.shells.verbs.cluster:status", "How the cluster is."),
         "agent": ("manifold.tools.emulator.verbs:agent", "Run one node in the foreground."),
         "node": ("manifold.shells.verbs.cluster:node", "Nodes: ls, inspect."),
+        "net": ("manifold.tools.emulator.net:net", "Links: ls, slow, cut, partition, heal."),
     },
     "work": {
         "run": ("manifold.shells.verbs.run:run", "Run a program, a script or a WASI command."),

@@ -490,7 +490,7 @@ def test_a_delay_holds_each_frame_so_long(run: Run) -> None:
         one, _ = net.pair()
         one.send("K-2", Done())
         await net.until(lambda: net.got["K-2"])  # connected
-        one.filter.set("K-2", Link(delay_ms=150))
+        one.filter.set("K-2", Link(latency_ms=150))
         began = time.monotonic()
         one.send("K-2", Done())
         await net.until(lambda: len(net.got["K-2"]) == 2)
@@ -504,16 +504,16 @@ def test_a_lossy_link_loses_that_share(run: Run) -> None:
         one, two = net.pair()
         one.send("K-2", Done("first"))
         await net.until(lambda: net.got["K-2"])  # connected: each tick is a frame of its own
-        one.filter.set("K-2", Link(drop=0.5))
+        one.filter.set("K-2", Link(loss=0.5))
         for _ in range(300):
             one.send("K-2", Done())
             await asyncio.sleep(0.001)
         one.filter.clear()
         one.send("K-2", Done("last"))
         await net.until(lambda: net.got["K-2"][-1].body == Done("last"))
-        cut, arrived = one.counters["frames_cut"], two.counters["frames_received"]
-        assert cut + arrived == one.counters["frames_sent"] + cut == 302
-        assert 90 < cut < 210
+        lost, arrived = one.counters["frames_lost"], two.counters["frames_received"]
+        assert lost + arrived == one.counters["frames_sent"] + lost == 302
+        assert 90 < lost < 210
 
     run(test)
 

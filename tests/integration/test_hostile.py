@@ -41,7 +41,7 @@ SECONDS = float(os.environ.get("MANIFOLD_HOSTILE_S", "0.7"))
 SEED = int(os.environ.get("MANIFOLD_HOSTILE_SEED", "20"))
 CLUSTER = f"h{secrets.token_hex(4)}"
 # Valid commands that do what they say, to whoever may give them: no attack on the decoding.
-OBEYED = (m.SetLink,)
+OBEYED = (m.SetLink, m.LinkOrders)
 
 
 class Target:

@@ -40,6 +40,7 @@ from manifold.kernel.node import NodeSpec
 from manifold.kernel.process.channel import Channel, Closed
 from manifold.kernel.process.remains import Remains, clear
 from manifold.kernel.process.zygote import read_forked, request_fork
+from manifold.tools.emulator.orders import read as read_orders
 from manifold.tools.emulator.record import Lock
 
 log = logging.getLogger("manifold.supervisor")
@@ -242,7 +243,8 @@ class Supervisor:
     async def _fork(self, node: Watched) -> None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        spec = msgspec.msgpack.encode(node.spec)
+        orders = read_orders(self.runtime_dir)
+        spec = msgspec.msgpack.encode(msgspec.structs.replace(node.spec, orders=orders))
         try:
             with theirs:
                 pid = await asyncio.to_thread(self._ask_zygote, spec, theirs.fileno())
@@ -290,6 +292,8 @@ class Supervisor:
                     self._changed.set()
                     if node.restarts:
                         self.on_event(f"{node.spec.alias} is back, boot {message.boot}")
+                    if (orders := read_orders(self.runtime_dir)).number:
+                        channel.post(orders)
                 case Alive(count=count):
                     node.alive = count
                 case Agreed():

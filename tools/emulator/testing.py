@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
@@ -28,9 +28,10 @@ from manifold.kernel import places
 from manifold.kernel.clock import JUMP_MS_MAX, RATE_MAX, RATE_MIN
 from manifold.kernel.config import Config, load
 from manifold.kernel.errors import ManifoldError, NotFound, Unavailable
+from manifold.kernel.hyperbus.rules import LinkRule
 from manifold.kernel.process import throttle
 from manifold.shells.sdk.client import Client
-from manifold.tools.emulator import cluster
+from manifold.tools.emulator import cluster, orders
 from manifold.tools.emulator.supervisor import BACKOFF_S_MIN, Supervisor, Watched
 
 CONVERGE_S = 30.0
@@ -72,7 +73,8 @@ class TestCluster:
         self._stopped: set[str] = set()
         self._full: dict[str, int] = {}  # by alias: the process whose disk is full
         self._skewed: set[str] = set()
-        self._linked = False  # whether any rule of a link was set
+        self._linked = False  # whether any rule of links was set
+        self._told: set[str] = set()  # of their side of a link
         self._clients: list[Client] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="supervisor")
@@ -229,18 +231,60 @@ class TestCluster:
 
     # -- hurting links ------------------------------------------------------------------------
 
-    def cut(self, one: Iterable[Node], other: Iterable[Node]) -> None:
-        """Cut every link between two sets of nodes, both ways."""
-        right = [self.alias(each) for each in other]
-        for left in one:
-            for peer in right:
-                self.link(left, m.SetLink(peer, cut_to=True, cut_from=True))
+    def cut(self, one: Iterable[Node], other: Iterable[Node], *, one_way: bool = False) -> None:
+        """Cut every link between two sets of nodes, both ways or what the first send."""
+        self._order("cut", LinkRule(self._side(*one), self._side(*other), one_way, cut=True))
+
+    def slow(
+        self,
+        one: Node,
+        other: Node,
+        *,
+        latency_ms: float = 0.0,
+        jitter_ms: float = 0.0,
+        rate_bps: float = 0.0,
+        loss: float = 0.0,
+        reorder: float = 0.0,
+        one_way: bool = False,
+    ) -> None:
+        """Make links slow, narrow or lossy. A side is a node, a class, `*`, or several with commas
+        between; of several rules that fit, the last one holds."""
+        figures = (latency_ms, jitter_ms, rate_bps, loss, reorder)
+        self._order("slow", LinkRule(self._side(one), self._side(other), one_way, *figures))
+
+    def partition(self, *groups: Iterable[Node]) -> None:
+        """Cut the nodes of each group off those of the others."""
+        self._order("partition", *orders.partition([self._side(*group) for group in groups]))
+
+    def _side(self, *nodes: Node) -> str:
+        """As a rule names them; what is neither a node nor a class is refused."""
+        names = [
+            part
+            for each in nodes
+            for part in (each.split(",") if isinstance(each, str) else [each])
+        ]
+        aliases = self.aliases
+        classes = {alias.rpartition("-")[0] for alias in aliases} | {"*"}
+        return ",".join(sorted(str(n) if n in classes else self.alias(n) for n in names))
+
+    def _order(self, what: str, *rules: LinkRule) -> None:
+        """Rules of links that hold until `heal`, also for nodes that start again."""
+        for rule in rules:
+            self.note(f"{what}: {rule}")
+        self._linked = True
+        self._change(lambda before: orders.added(before, rules))
+
+    def _change(self, changed: Callable[[orders.Rules], orders.Rules]) -> None:
+        before, after = orders.change(self.supervisor.runtime_dir, changed)
+        told = orders.concerned(before.rules, after.rules, self.aliases)
+        orders.tell(self.name, self.environ, after, told)
 
     def link(self, node: Node, rule: m.SetLink) -> None:
-        """Set one node's side of a link."""
+        """Set one node's side of a link; it is forgotten when the node ends."""
         alias = self.alias(node)
-        self._linked = True
         self.note(f"link of {alias}: {rule}")
+        self._linked = True
+        self._told.add(alias)
         self._tell(alias, rule)
 
     def _tell(self, alias: str, order: Any) -> None:
@@ -250,12 +294,14 @@ class TestCluster:
     # -- healing ------------------------------------------------------------------------------
 
     def heal(self) -> None:
-        """Lift every rule of a link, and let every paused node go on."""
+        """Lift every rule of links, and let every paused node go on."""
         for alias in sorted(self._stopped):
             self.resume(alias)
         self.note("heal")
-        for alias in self.aliases:
+        self._change(lambda before: ())
+        for alias in sorted(self._told):
             self._tell(alias, m.ClearLinks())
+        self._told.clear()
         self._linked = False
 
     def undo(self) -> None:
