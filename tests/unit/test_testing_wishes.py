@@ -9,7 +9,7 @@ import pytest
 
 from manifold.kernel.config import load
 from manifold.kernel.errors import ConfigError
-from manifold.tools.testing.wishes import DEFAULT_NODES, Wish, count, wish, write
+from manifold.tools.testing.wishes import DEFAULT_NODES, Wish, count, overrides, wish, write
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,15 @@ def test_what_makes_no_sense_is_refused_with_what_to_write(
         wish(positional, named)
     assert says in str(refused.value)
     assert refused.value.next_step
+
+
+@pytest.mark.parametrize(
+    ("nodes", "voters"), [(1, "1"), (2, "1"), (3, "3"), (4, "3"), (5, "5"), (7, "7"), (16, "7")]
+)
+def test_the_larger_part_of_a_clusters_nodes_has_most_voters(nodes: int, voters: str) -> None:
+    assert overrides(Wish(nodes))["nexus.voters"] == voters
+    assert overrides(Wish(nodes, overrides={"nexus.voters": "off"})) == {"nexus.voters": "off"}
+    assert overrides(Wish(nodes, config="mine.yaml")) == {}
 
 
 def test_the_file_that_is_written_is_one_that_manifold_reads(tmp_path: Path) -> None:

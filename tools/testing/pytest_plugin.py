@@ -162,7 +162,7 @@ def _start(asked: Wish, environ: dict[str, str], folder: Path, **options: Any) -
     try:
         return TestCluster(
             wishes.count(asked), environ, config=wishes.write(asked, folder),
-            overrides=asked.overrides, seed=asked.seed or 0, **options,
+            overrides=wishes.overrides(asked), seed=asked.seed or 0, **options,
         )  # fmt: skip
     except ConfigError as error:
         pytest.fail(f"The cluster that was asked for is not accepted: {error}", pytrace=False)

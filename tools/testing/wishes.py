@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from manifold.kernel.errors import ConfigError
+from manifold.kernel.nexus.configs import VOTERS_MAX
 
 DEFAULT_NODES = 3
 # Nodes that have a whole core each, as far as the host has them: a test is to end soon.
@@ -90,6 +91,16 @@ def write(asked: Wish, folder: Path) -> Path:
     path = folder / FILE
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     return path
+
+
+def overrides(asked: Wish) -> dict[str, str]:
+    """Single keys. Where a test says nothing, all nodes vote, as far as that is an odd number and
+    may be: who cuts a cluster in two expects the larger part to go on."""
+    found = dict(asked.overrides)
+    if asked.config is None:
+        votes = min(count(asked), VOTERS_MAX)
+        found.setdefault("nexus.voters", str(votes - (votes + 1) % 2))
+    return found
 
 
 def count(asked: Wish) -> int:
