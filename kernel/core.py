@@ -172,6 +172,14 @@ class Core:
     def loop_lag(self, lag_ms: float, now_ms: float) -> None:
         self.membership.loop_lag(lag_ms, now_ms)
 
+    def drain(self, now_ms: float) -> list[Effect]:
+        """Before `leave`: nothing more is taken on; see `drained`."""
+        return self._close("scheduler", self.scheduler.drain(now_ms), now_ms)
+
+    @property
+    def drained(self) -> bool:
+        return self.scheduler.drained
+
     def leave(self, now_ms: float) -> list[Effect]:
         left = [
             ("registry", self.registry.leave(now_ms)),

@@ -32,6 +32,7 @@ from manifold.kernel.errors import ManifoldError, Refused, Unavailable
 from manifold.kernel.hyperbus.driver import Bus, Incoming
 from manifold.kernel.hyperbus.faults import to_failure
 from manifold.kernel.hyperbus.messages import CLIENT_PREFIX
+from manifold.kernel.leaving import Leaving
 from manifold.kernel.logbook import Logbook
 from manifold.kernel.membership.messages import (
     Me,
@@ -44,11 +45,14 @@ from manifold.kernel.membership.messages import (
 from manifold.kernel.messages import (
     DECODER,
     Alive,
+    Drain,
     FirstVoters,
     FromSupervisor,
     ProcessEnded,
     Ready,
+    SettleVoters,
     Stop,
+    ToSupervisor,
 )
 from manifold.kernel.nexus import storage_driver as disk
 from manifold.kernel.nexus.rejoin import RejoinStep
@@ -86,7 +90,6 @@ from manifold.vm.kid import Kid
 
 log = logging.getLogger("manifold.node")
 
-LEAVE_S = 0.3  # after saying goodbye, the time for it to reach others
 LAG_MS_MIN = 50.0  # a timer later than this is worth telling membership
 CLIENT_CHECK_S = 2.0  # a client's lease: who does not answer at its socket then has lost it
 CLIENT = re.compile(r"C-[0-9a-f]{16}")
@@ -112,6 +115,11 @@ class NodeSpec(msgspec.Struct, frozen=True):
     latency_ms: float
     gpu: bool
 
+    @property
+    def cgroups(self) -> tuple[str, ...]:
+        """Every group that was made for it."""
+        return (self.cgroup,) if self.cgroup else ()
+
 
 class Node:
     """See the module. `control` is the channel to the supervisor."""
@@ -131,7 +139,6 @@ class Node:
         self._alive = 0
         self._job_events: list[JobEvent] = []
         self._held: dict[str, tuple[Incoming, JobStatus, asyncio.TimerHandle]] = {}
-        self._leaving = False
         folder = Path(spec.state_dir)
         self.identity = identity.load_identity(folder)
         self.boot = identity.next_boot(folder)
@@ -162,6 +169,7 @@ class Node:
         self.spans = Spans(self) if traces.wanted(os.environ) else None
         self.calls = SystemCalls(self)
         self.consulting = Consulting(self)
+        self.leaving = Leaving(self)
 
     def _me(self) -> Me:
         spec = self.spec
@@ -220,17 +228,15 @@ class Node:
                     self.perform(self.core.process_ended(kid, boot, self.now_ms()))
                 case FirstVoters(voters=voters):
                     self.consulting.initialise(voters)
+                case SettleVoters():
+                    self.run(self.leaving.settle(message))
+                case Drain(deadline_ms=deadline_ms):
+                    self.leaving.drain(deadline_ms)
                 case Stop():
-                    self.leave()
+                    self.leaving.leave()
 
-    def leave(self) -> None:
-        """Tell the others, then end."""
-        if self._leaving:
-            return
-        self._leaving = True
-        self.core.scheduler.runner.cordoned = True
-        self.perform(self.core.leave(self.now_ms()))
-        self.loop.call_later(LEAVE_S, self.end, 0, "left the cluster")
+    def tell(self, message: ToSupervisor) -> None:
+        self._control.post(message)
 
     def end(self, status: int, why: str) -> None:
         if not self.ended.done():
@@ -247,6 +253,7 @@ class Node:
             self._clients_checked.cancel()
         for task in self._tasks:
             task.cancel()
+        self.leaving.close()
         self.observatory.close()
         if self.spans is not None:
             self.spans.close()
@@ -360,6 +367,8 @@ class Node:
                 self._send(effect)
             else:
                 self._perform_one(effect)
+        if self.leaving.draining:
+            self.loop.call_soon(self.leaving.look)
 
     async def _persist(self, held: Held) -> None:
         """A record of membership: a file of its own, replaced whole."""

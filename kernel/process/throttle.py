@@ -84,10 +84,15 @@ def remove(path: str) -> None:
             return
 
 
+def above(group: str, roots: Roots = ROOTS) -> tuple[str, ...]:
+    """Where the groups of the nodes of a cluster are."""
+    return tuple(str(root / ABOVE / group) for root, _ in roots)
+
+
 def remove_all(group: str, roots: Roots = ROOTS) -> None:
     """Remove what a cluster that was killed with everybody who cleans up has left."""
-    for root, _ in roots:
-        for path in sorted((root / ABOVE / group).glob("*/")):
+    for folder in above(group, roots):
+        for path in sorted(Path(folder).glob("*/")):
             remove(str(path))
 
 

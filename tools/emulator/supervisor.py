@@ -19,7 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,16 +30,21 @@ from manifold.kernel.errors import ManifoldError, Refused, Unavailable
 from manifold.kernel.messages import (
     Alive,
     FirstVoters,
+    FromSupervisor,
     ProcessEnded,
     Ready,
+    SettleVoters,
     Stop,
     ToSupervisor,
+    VotersSettled,
 )
 from manifold.kernel.node import NodeSpec
 from manifold.kernel.process.channel import Channel, Closed
 from manifold.kernel.process.remains import Remains, clear
 from manifold.kernel.process.zygote import read_forked, request_fork
+from manifold.tools.emulator.members import Members
 from manifold.tools.emulator.record import Lock
+from manifold.vm.kid import Kid
 
 log = logging.getLogger("manifold.supervisor")
 
@@ -72,10 +77,27 @@ class Watched:
     backoff_s: float = BACKOFF_S_MIN
     restarts: int = 0
     failures: int = 0  # deaths in a row before it was ready
+    down: bool = False  # it is not started again until somebody says so
+    paused: bool = False
+    leaving: bool = False
 
     @property
     def failing(self) -> bool:
         return self.failures >= FAILURES_MAX
+
+    @property
+    def awaited(self) -> bool:
+        """Whether the others wait for it to be there."""
+        return not (self.failing or self.down or self.leaving)
+
+    @property
+    def well(self) -> bool:
+        """Whether it answers, as far as can be seen from here."""
+        return self.ready is not None and self.channel is not None and not self.paused
+
+    @property
+    def kid(self) -> Kid | None:
+        return self.ready.kid if self.ready is not None else None
 
 
 @dataclass(slots=True)
@@ -87,12 +109,14 @@ class Supervisor:
     lock: Lock
     whole_dir: bool = True
     on_event: Callable[[str], None] = log.info
+    members: Members | None = None  # who may be added; None: an agent stays alone
     nodes: dict[str, Watched] = field(default_factory=dict)
     stopping: bool = False
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
     _gone: asyncio.Event = field(default_factory=asyncio.Event)  # a node ended while stopping
     _converged: asyncio.Event = field(default_factory=asyncio.Event)
     _told_voters: bool = False
+    _settling: dict[int, asyncio.Future[VotersSettled]] = field(default_factory=dict)
     _liveness_write: int = -1
     _zygote: subprocess.Popen[bytes] | None = None
     _zygote_fd: int = -1
@@ -140,8 +164,15 @@ class Supervisor:
 
     def _remains(self) -> Remains:
         names = (self._zygote_path.name, *(spec.alias for spec in self.specs))
-        cgroups = tuple(spec.cgroup for spec in self.specs if spec.cgroup)
-        return Remains(str(self.runtime_dir), self.whole_dir, names, cgroups)
+        cgroups = tuple(group for spec in self.specs for group in spec.cgroups)
+        above = self.members.above if self.members is not None else ()
+        return Remains(str(self.runtime_dir), self.whole_dir, names, cgroups, above)
+
+    @property
+    def seeds(self) -> tuple[str, ...]:
+        """Where one that comes, or comes back, finds the others."""
+        agents = self.specs[0].seeds if self.members is None else self.members.agents
+        return tuple(dict.fromkeys((*(spec.address for spec in self.specs), *agents)))
 
     @property
     def failing(self) -> list[str]:
@@ -167,8 +198,8 @@ class Supervisor:
             return
         self.stopping = True
         for node in self.nodes.values():
-            if node.channel is not None:
-                node.channel.post(Stop())
+            self.signal(node, resume=True)
+            self.tell(node, Stop())
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + STOP_S
         while any(n.pidfd >= 0 for n in self.nodes.values()) and loop.time() < deadline_s:
@@ -199,7 +230,8 @@ class Supervisor:
     async def _fork(self, node: Watched) -> None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        spec = msgspec.msgpack.encode(node.spec)
+        # Those that it was told of at first may have left since.
+        spec = msgspec.msgpack.encode(msgspec.structs.replace(node.spec, seeds=self.seeds))
         try:
             with theirs:
                 pid = await asyncio.to_thread(self._ask_zygote, spec, theirs.fileno())
@@ -248,10 +280,14 @@ class Supervisor:
                         self.on_event(f"{node.spec.alias} is back, boot {message.boot}")
                 case Alive(count=count):
                     node.alive = count
+                case VotersSettled(number=number):
+                    asked = self._settling.pop(number, None)
+                    if asked is not None and not asked.done():
+                        asked.set_result(message)
         self._look_converged()
 
     def _look_converged(self) -> None:
-        well = [node for node in self.nodes.values() if not node.failing]
+        well = [node for node in self.nodes.values() if node.awaited]
         everybody = len(well) + len(self.specs) - len(self.nodes)  # those to come are awaited
         if well and all(node.alive >= everybody for node in well):
             self._converged.set()
@@ -287,7 +323,7 @@ class Supervisor:
             self._readable(node, node.channel)  # what it said before it ended
         if node.channel is not None:
             self._hang_up(node, node.channel)
-        node.alive = 0
+        node.alive, node.paused = 0, False
         self._told_voters = False  # perhaps it was the one that was told, and had not done it
         self._gone.set()
         if node.ready is not None:
@@ -296,12 +332,23 @@ class Supervisor:
                 if other is not node and other.channel is not None:
                     other.channel.post(news)
         if not self.stopping:
-            if node.ready is None:
-                self._failed(node)
-            if node.failures < FAILURES_MAX:
-                self.on_event(f"{node.spec.alias} (pid {node.pid}) ended; starting it again")
-            self._again(node)
+            self._ended_alone(node)
         self._look_converged()
+
+    def _ended_alone(self, node: Watched) -> None:
+        """Not because everything ends."""
+        alias = node.spec.alias
+        if node.leaving:
+            self.on_event(f"{alias} has left")
+            return
+        if node.down:
+            self.on_event(f"{alias} (pid {node.pid}) ended, and stays down")
+            return
+        if node.ready is None:
+            self._failed(node)
+        if node.failures < FAILURES_MAX:
+            self.on_event(f"{alias} (pid {node.pid}) ended; starting it again")
+        self._again(node)
 
     def _failed(self, node: Watched) -> None:
         """U2: it ended before it was ready."""
@@ -340,10 +387,74 @@ class Supervisor:
             self._zygote_fd = -1
 
     def _restart(self, node: Watched) -> None:
-        if self.stopping:
+        if self.stopping or node.down or node.leaving or node.pidfd >= 0:
             return
         task = asyncio.get_running_loop().create_task(self._fork(node))
         task.add_done_callback(lambda done: done.result() if not done.cancelled() else None)
+
+    # -- what `changes.py` is made of ---------------------------------------------------------
+
+    async def admit(self, specs: Sequence[NodeSpec]) -> None:
+        """Further nodes; returns once they were forked."""
+        self.specs += specs
+        self._converged.clear()
+        for spec in specs:
+            self.nodes[spec.alias] = Watched(spec)
+        for spec in specs:
+            await self._fork(self.nodes[spec.alias])
+        self.lock.count(len(self.specs))
+
+    async def gone(self, node: Watched, late_s: float) -> None:
+        """Wait until a node that was told to go has ended; it is killed where it is late."""
+        while node.pidfd >= 0:
+            self._gone.clear()
+            try:
+                async with asyncio.timeout_at(late_s):
+                    await self._gone.wait()
+            except TimeoutError:
+                self.on_event(f"{node.spec.alias} does not leave: it is killed")
+                self.signal(node, kill=True)
+                late_s += STOP_S
+
+    def dismiss(self, node: Watched) -> None:
+        """Forget a node that has ended, and take away what it had here, but for its state."""
+        assert node.pidfd < 0, "its process has ended"
+        self.specs.remove(node.spec)
+        del self.nodes[node.spec.alias]
+        clear(Remains(str(self.runtime_dir), False, (node.spec.alias,), node.spec.cgroups))
+        self.lock.count(len(self.specs))
+        self._look_converged()
+
+    async def start_again(self, node: Watched) -> None:
+        """One that was to stay down."""
+        node.down, node.backoff_s, node.failures = False, BACKOFF_S_MIN, 0
+        self._converged.clear()
+        if node.pidfd < 0:
+            await self._fork(node)
+
+    def tell(self, node: Watched, message: FromSupervisor) -> None:
+        """Nothing, where its process has ended."""
+        if node.channel is not None:
+            node.channel.post(message)
+
+    def ask_voters(self, node: Watched, wish: SettleVoters) -> asyncio.Future[VotersSettled]:
+        """One question to one node; whoever waits says for how long."""
+        answer: asyncio.Future[VotersSettled] = asyncio.get_running_loop().create_future()
+        self._settling[wish.number] = answer
+        answer.add_done_callback(lambda _: self._settling.pop(wish.number, None))
+        self.tell(node, wish)
+        return answer
+
+    def signal(
+        self, node: Watched, *, kill: bool = False, pause: bool = False, resume: bool = False
+    ) -> None:
+        """U3. To resume what is not paused does nothing."""
+        if node.pidfd < 0 or (resume and not node.paused):
+            return
+        number = signal.SIGKILL if kill else signal.SIGSTOP if pause else signal.SIGCONT
+        node.paused = pause
+        with contextlib.suppress(ProcessLookupError):  # its end is on its way to us
+            signal.pidfd_send_signal(node.pidfd, number)
 
     def _kill(self, node: Watched) -> None:
         if node.channel is not None:

@@ -8,8 +8,6 @@ that clusters of two test processes never meet. `close` raises where anything is
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import threading
 from collections.abc import Coroutine, Iterable, Mapping
 from pathlib import Path
@@ -22,6 +20,7 @@ from manifold.kernel.errors import ManifoldError, Unavailable
 from manifold.kernel.process import throttle
 from manifold.shells.sdk.client import Client
 from manifold.tools.emulator import cluster
+from manifold.tools.emulator.changes import Changes
 from manifold.tools.emulator.supervisor import Supervisor, Watched
 
 CONVERGE_S = 30.0
@@ -48,7 +47,6 @@ class TestCluster:
         settings = dict(overrides or {}) | {"cluster": self.name}
         self.config: Config = load(config, {}, settings)
         self.events: list[str] = []
-        self._stopped: set[str] = set()
         self._clients: list[Client] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="supervisor")
@@ -58,6 +56,7 @@ class TestCluster:
             self.supervisor: Supervisor = self._call(
                 cluster.up(self.config, nodes, environ, self.events.append, roots)
             )
+            self._changes = Changes(self.supervisor)
             if converge:
                 self.wait_converged()
         except BaseException:
@@ -98,23 +97,34 @@ class TestCluster:
         found = [folder / name for name in ("node.log", "console.log", "workers.log")]
         return "\n".join(path.read_text() for path in found if path.exists())
 
+    # -- growing and shrinking ------------------------------------------------------------------
+
+    def add(self, kind: str = "", count: int = 1) -> list[str]:
+        """`count` more nodes of a class; their aliases, once everybody sees everybody."""
+        return self._call(self._changes.add(kind, count))
+
+    def remove(self, *aliases: str, force: bool = False) -> None:
+        """Let nodes leave well; returns once their processes have ended."""
+        self._call(self._changes.remove(aliases, force=force))
+
     # -- hurting ------------------------------------------------------------------------------
 
-    def kill(self, alias: str) -> int:
-        """SIGKILL the node's process (the supervisor starts it again); the pid it had."""
-        pid = self.pid(alias)
-        os.kill(pid, signal.SIGKILL)
-        return pid
+    def kill(self, alias: str, *, stay_down: bool = False) -> int:
+        """SIGKILL the node's process; the supervisor starts it again, unless it is to stay down.
+        The pid that it had."""
+        return self._call(self._changes.kill(alias, stay_down=stay_down, force=True))
+
+    def start(self, alias: str) -> None:
+        """Start one that was to stay down."""
+        self._call(self._changes.start(alias))
 
     def pause(self, alias: str) -> None:
         """SIGSTOP the node's process."""
-        os.kill(self.pid(alias), signal.SIGSTOP)
-        self._stopped.add(alias)
+        self._call(self._changes.pause(alias, force=True))
 
     def resume(self, alias: str) -> None:
         """SIGCONT it."""
-        self._stopped.discard(alias)
-        os.kill(self.pid(alias), signal.SIGCONT)
+        self._call(self._changes.resume(alias))
 
     def cut(self, one: Iterable[str], other: Iterable[str]) -> None:
         """Cut every link between two sets of nodes, both ways."""
@@ -130,8 +140,9 @@ class TestCluster:
 
     def heal(self) -> None:
         """Lift every cut, and let every paused node go on."""
-        for alias in sorted(self._stopped):
-            self.resume(alias)
+        for alias in self.aliases:
+            if self._node(alias).paused:
+                self.resume(alias)
         for alias in self.aliases:
             with Client(self.name, node=alias, environ=self.environ) as client:
                 client.ask(m.ClearLinks())
@@ -143,8 +154,6 @@ class TestCluster:
         if self._closed:
             return
         self._closed = True
-        for alias in list(self._stopped):
-            self.resume(alias)
         for client in self._clients:
             try:
                 client.close()
@@ -174,7 +183,5 @@ def leftovers(supervisor: Supervisor) -> list[str]:
                 found.append(f"process {entry.name}")
     if supervisor.runtime_dir.exists():
         found.append(str(supervisor.runtime_dir))
-    found += [
-        spec.cgroup for spec in supervisor.specs if spec.cgroup and Path(spec.cgroup).exists()
-    ]
-    return found
+    assert supervisor.members is not None, "a cluster for tests may grow"
+    return found + [group for group in supervisor.members.above if Path(group).exists()]
