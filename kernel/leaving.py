@@ -35,7 +35,7 @@ class Leaving:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._deadline: asyncio.TimerHandle | None = None
-        self._left = False
+        self.left = False
 
     @property
     def draining(self) -> bool:
@@ -44,7 +44,7 @@ class Leaving:
     def drain(self, deadline_ms: float) -> None:
         """Give back and hand over what is here."""
         node = self._node
-        if self.draining or self._left:
+        if self.draining or self.left:
             return
         log.info("drains: it takes on nothing more")
         self._deadline = node.loop.call_later(deadline_ms / 1000, self._late)
@@ -66,9 +66,9 @@ class Leaving:
 
     def leave(self) -> None:
         """Tell the others, then end."""
-        if self._left:
+        if self.left:
             return
-        self._left = True
+        self.left = True
         node = self._node
         node.core.scheduler.runner.cordoned = True
         node.perform(node.core.leave(node.now_ms()))
@@ -103,6 +103,8 @@ class Leaving:
                 return
             silent = ", ".join(self._alias(kid) for kid in answer.missing)
             why = (answer.why or answer.status) + (f" No answer from {silent}." if silent else "")
+            if answer.status not in ("refused", "busy"):  # by somebody else's change
+                break
             await asyncio.sleep(RETRY_S)
         self._node.tell(VotersSettled(wish.number, False, tuple(voters), why))
 

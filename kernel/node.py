@@ -289,6 +289,8 @@ class Node:
             self.perform(self.core.receive(Kid(incoming.source), body, self.now_ms()))
 
     def _requested(self, incoming: Incoming) -> None:
+        if self.leaving.left:
+            return  # the client hears nothing, and asks another
         try:
             self._check_kind(incoming.body)
             answer, effects = self.core.request(incoming.source, incoming.body, self.now_ms())
