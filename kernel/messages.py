@@ -237,5 +237,11 @@ class VotersSettled(msgspec.Struct, frozen=True, array_like=True, tag="u.settled
     why: str = ""
 
 
+class SetPace(msgspec.Struct, frozen=True, array_like=True, tag="u.pace"):
+    """From now on workers have this share of a core, where no cgroup says it."""
+
+    share: Annotated[float, Meta(gt=0, le=1)]
+
+
 ToSupervisor = Ready | Alive | VotersSettled
-FromSupervisor = ProcessEnded | FirstVoters | Stop | Drain | SettleVoters
+FromSupervisor = ProcessEnded | FirstVoters | Stop | Drain | SettleVoters | SetPace

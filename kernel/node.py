@@ -50,6 +50,7 @@ from manifold.kernel.messages import (
     FromSupervisor,
     ProcessEnded,
     Ready,
+    SetPace,
     SettleVoters,
     Stop,
     ToSupervisor,
@@ -232,6 +233,9 @@ class Node:
                     self.run(self.leaving.settle(message))
                 case Drain(deadline_ms=deadline_ms):
                     self.leaving.drain(deadline_ms)
+                case SetPace(share=share):
+                    self.pool.pace(share)
+                    self.tasks.pace(share)
                 case Stop():
                     self.leaving.leave()
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from manifold.kernel.errors import NotFound, Refused
+from manifold.kernel.geode.messages import Demand
 from manifold.kernel.nexus.messages import GetNexus, NexusInfo
+from manifold.kernel.process import throttle
 from manifold.shells.sdk import Client
 from manifold.tools.emulator.testing import TestCluster
 
 Start = Callable[..., TestCluster]
+COLLATZ = Path(__file__).parents[2] / "examples" / "collatz.ent"
 WAIT_S = 60.0
 # Emits its index after a pause: a job of it takes a known time without taking the processor.
 SLOW = """
@@ -155,3 +159,35 @@ def test_a_voter_is_not_removed_while_the_others_cannot_agree(manifold_cluster: 
     cluster.wait_converged()
     cluster.remove(one)
     assert voters(cluster) == {two} or voters(cluster) == {three}
+
+
+@pytest.mark.parametrize("how", ["cgroup", "pacing"])
+def test_a_node_that_is_slowed_takes_so_much_longer_until_that_is_undone(
+    manifold_cluster: Start, how: str
+) -> None:
+    roots = throttle.ROOTS if how == "cgroup" else ()
+    settings = {"classes.rpi5.compute": "0.99" if how == "cgroup" else "1"}
+    cluster = manifold_cluster(4, roots=roots, overrides=settings)
+    client = cluster.client("rpi5-01")
+    (node,) = [each for each in client.nodes() if each.alias == "rpi5-01"]
+    if how == "cgroup" and node.throttle != "cgroup":
+        pytest.skip("this host allows no cgroup")
+
+    def fastest_ms() -> float:
+        """Other work can only make a run longer: the fastest says what the share allows."""
+        took = []
+        for _ in range(4):
+            future = client.job(COLLATZ, 1, 200_000, reduce="sum", demand=Demand(node="rpi5-01"))
+            future.result(WAIT_S)
+            took.append(client.status(future.job).elapsed_ms)
+        return min(took)
+
+    whole_ms = fastest_ms()
+    cluster.slow("rpi5-01", 0.1)
+    slow_ms = fastest_ms()
+    cluster.slow("rpi5-01", 1)
+    again_ms = fastest_ms()
+    assert slow_ms > 2.5 * whole_ms, (whole_ms, slow_ms, again_ms)
+    assert again_ms < 0.5 * slow_ms, (whole_ms, slow_ms, again_ms)
+    with pytest.raises(Refused, match="no part"):
+        cluster.slow("rpi5-01", 0)

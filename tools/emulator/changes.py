@@ -15,12 +15,15 @@ from collections.abc import Sequence
 from manifold.kernel.config_loader import nearest
 from manifold.kernel.errors import NotFound, Refused, Unavailable
 from manifold.kernel.limits import NODES_MAX
-from manifold.kernel.messages import Drain, SettleVoters, VotersSettled
+from manifold.kernel.messages import Drain, SetPace, SettleVoters, VotersSettled
+from manifold.kernel.process import throttle
+from manifold.tools.emulator import messages as m
 from manifold.tools.emulator.supervisor import STOP_S, Supervisor, Watched
 from manifold.vm.kid import Kid
 
 DRAIN_S = 10.0  # what a node has to hand over takes less, but for calls that take long
 COME_S = 30.0  # a node that is forked joins within a second; on a host that is overloaded, in this
+SLOW_MIN = 0.01  # as little as a class may have: below, a slice of 5 ms takes half a second
 SETTLE_S = 25.0  # the four tries of 5 s that the node makes, and then some
 
 
@@ -33,6 +36,28 @@ class Changes:
         self._members = supervisor.members
         self._one = asyncio.Lock()  # who votes, and who is there, changes for one reason at a time
         self._number = 0
+
+    async def carry_out(self, request: m.Request) -> m.Changed:
+        """What another process asks for."""
+        aliases: tuple[str, ...] = ()
+        match request:
+            case m.AddNodes(kind=kind, count=count):
+                aliases = tuple(await self.add(kind, count))
+            case m.RemoveNodes(aliases=aliases, force=force):
+                await self.remove(aliases, force=force)
+            case m.KillNode(alias=alias, stay_down=stay_down, force=force):
+                await self.kill(alias, stay_down=stay_down, force=force)
+            case m.StartNode(alias=alias):
+                await self.start(alias)
+            case m.PauseNode(alias=alias, force=force):
+                await self.pause(alias, force=force)
+            case m.ResumeNode(alias=alias):
+                await self.resume(alias)
+            case m.SlowNode(alias=alias, to=to):
+                await self.slow(alias, to)
+        if not isinstance(request, m.AddNodes | m.RemoveNodes):
+            aliases = (request.alias,)
+        return m.Changed(aliases, len(self._supervisor.specs))
 
     # -- coming and going -----------------------------------------------------------------------
 
@@ -149,6 +174,27 @@ class Changes:
         if not node.paused:
             raise Refused(f"{alias} is not paused.", "`manifold node ls`.")
         self._supervisor.signal(node, resume=True)
+
+    async def slow(self, alias: str, to: float) -> None:
+        """Its workers get `to` of the compute share of its class; 1 undoes it."""
+        node = self._node(alias)
+        if not SLOW_MIN <= to <= 1:
+            raise Refused(
+                f"{to:g} is no part of a compute share.",
+                f"It is from {SLOW_MIN:g} to 1, all of it.",
+            )
+        node.slowed = to
+        share = node.spec.compute * to
+        if not node.spec.cgroup:
+            self._supervisor.tell(node, SetPace(share))
+            return
+        try:
+            throttle.set_cores(node.spec.cgroup, node.spec.cores * share)
+        except OSError as fault:
+            raise Unavailable(
+                f"The cgroup of {alias} does not take it: {fault.strerror}.",
+                "Start the cluster anew; `manifold up` says how shares are enforced.",
+            ) from fault
 
     async def _check_majority(self, node: Watched, done: str) -> None:
         """Whether most voters would still answer; agents beside this cluster count as well."""

@@ -15,7 +15,8 @@ from manifold.kernel import places
 from manifold.kernel.config import Config, NodeClass
 from manifold.kernel.errors import Unavailable
 from manifold.kernel.process import remains, throttle
-from manifold.tools.emulator import record
+from manifold.tools.emulator import control, record
+from manifold.tools.emulator.changes import Changes
 from manifold.tools.emulator.members import Members
 from manifold.tools.emulator.supervisor import Supervisor, refuse_taken
 
@@ -57,8 +58,12 @@ async def up(
         lock.release()
         raise
     supervisor = Supervisor(specs, runtime, lock, on_event=on_event, members=members)
+    supervisor.changes = Changes(supervisor)
+    path = control.socket_path(config.cluster, environ)
+    supervisor.control = control.Control(supervisor.changes, path)
     try:
         await supervisor.start()
+        await supervisor.control.serve()
     except BaseException:
         await supervisor.stop()
         raise

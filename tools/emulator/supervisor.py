@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -33,6 +34,7 @@ from manifold.kernel.messages import (
     FromSupervisor,
     ProcessEnded,
     Ready,
+    SetPace,
     SettleVoters,
     Stop,
     ToSupervisor,
@@ -45,6 +47,10 @@ from manifold.kernel.process.zygote import read_forked, request_fork
 from manifold.tools.emulator.members import Members
 from manifold.tools.emulator.record import Lock
 from manifold.vm.kid import Kid
+
+if TYPE_CHECKING:
+    from manifold.tools.emulator.changes import Changes
+    from manifold.tools.emulator.control import Control
 
 log = logging.getLogger("manifold.supervisor")
 
@@ -80,6 +86,7 @@ class Watched:
     down: bool = False  # it is not started again until somebody says so
     paused: bool = False
     leaving: bool = False
+    slowed: float = 1.0  # to this part of its compute share
 
     @property
     def failing(self) -> bool:
@@ -110,6 +117,8 @@ class Supervisor:
     whole_dir: bool = True
     on_event: Callable[[str], None] = log.info
     members: Members | None = None  # who may be added; None: an agent stays alone
+    changes: Changes | None = None  # set with `members`
+    control: Control | None = None  # through which other processes reach `changes`
     nodes: dict[str, Watched] = field(default_factory=dict)
     stopping: bool = False
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -197,6 +206,8 @@ class Supervisor:
         if self.stopping:
             return
         self.stopping = True
+        if self.control is not None:
+            self.control.close()
         for node in self.nodes.values():
             self.signal(node, resume=True)
             self.tell(node, Stop())
@@ -276,6 +287,8 @@ class Supervisor:
                 case Ready():
                     node.ready = message
                     node.failures = 0
+                    if node.slowed < 1.0 and not node.spec.cgroup:  # it is a new process
+                        self.tell(node, SetPace(node.spec.compute * node.slowed))
                     if node.restarts:
                         self.on_event(f"{node.spec.alias} is back, boot {message.boot}")
                 case Alive(count=count):

@@ -56,7 +56,8 @@ class TestCluster:
             self.supervisor: Supervisor = self._call(
                 cluster.up(self.config, nodes, environ, self.events.append, roots)
             )
-            self._changes = Changes(self.supervisor)
+            assert self.supervisor.changes is not None, "a cluster that is up may be changed"
+            self._changes: Changes = self.supervisor.changes
             if converge:
                 self.wait_converged()
         except BaseException:
@@ -125,6 +126,10 @@ class TestCluster:
     def resume(self, alias: str) -> None:
         """SIGCONT it."""
         self._call(self._changes.resume(alias))
+
+    def slow(self, alias: str, to: float) -> None:
+        """Give its workers `to` of the compute share of its class; 1 undoes it."""
+        self._call(self._changes.slow(alias, to))
 
     def cut(self, one: Iterable[str], other: Iterable[str]) -> None:
         """Cut every link between two sets of nodes, both ways."""
