@@ -8,6 +8,7 @@ Bounds: WAITING_MAX requests of all clients; Nexus bounds operations and watches
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from manifold.kernel.nexus.messages import (
     Get,
     Initialise,
     Operate,
+    Request,
     Resign,
     Unwatch,
     Watch,
@@ -56,6 +58,7 @@ class Consulting:
         self._told: set[int] = set()  # watches whose request is answered
         self._handle = 0
         self._first = 0  # the handle of our own wish for first voters
+        self._ours: dict[int, asyncio.Future[object]] = {}  # what this node's driver has asked
 
     @property
     def waiting(self) -> int:
@@ -72,6 +75,15 @@ class Consulting:
         self._first = self._handle
         request = Initialise(tuple(voters), FIRST_TIMEOUT_MS)
         self._node.perform(self._node.core.consult(self._first, request, self._node.now_ms()))
+
+    def ask(self, request: Request) -> asyncio.Future[object]:
+        """Ask for the node itself. Nexus answers every operation, by its timeout at the latest."""
+        self._handle += 1
+        found: asyncio.Future[object] = self._node.loop.create_future()
+        self._ours[self._handle] = found
+        node = self._node
+        node.perform(node.core.consult(self._handle, request, node.now_ms()))
+        return found
 
     def serve(self, incoming: Incoming) -> None:
         node, body, now_ms = self._node, incoming.body, self._node.now_ms()
@@ -106,6 +118,11 @@ class Consulting:
         handle, message = reply.request, reply.message
         if handle == self._first:
             self._initialised(message)
+            return
+        ours = self._ours.pop(handle, None)
+        if ours is not None:
+            if not ours.done():
+                ours.set_result(message)
             return
         incoming = self._waiting.get(handle)
         if incoming is None:

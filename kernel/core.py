@@ -7,7 +7,8 @@ is passed to the others here, and so is what they `Ask` of Nexus and what it ans
 Invariants: H1 of all timers that subsystems ask for, the earliest is the one asked of the driver,
 and no other is asked before it has come: a call that finds nothing due costs less than a new timer;
 H2 a `Persist` holds back only what its own subsystem put after it in the same event, as a `Held`,
-and no timer: an `AbortRun` that follows from news would else come after what later events ask for.
+and no timer: an `AbortRun` that follows from news would else come after what later events ask for;
+H3 who has left assigns nothing more: nobody would take it back.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class Core:
         self.rejoin = Rejoin(me.kid, self.nexus, rejoin)
         self.registry = Registry(me, Random(random.getrandbits(64)))
         self._voters_known = False
+        self._left = False
         self._askers: dict[str, Callable[[int, Any, float], list[Effect]]] = {
             "scheduler": self._to_scheduler,
             "globals": self.globals.answered,
@@ -172,7 +174,16 @@ class Core:
     def loop_lag(self, lag_ms: float, now_ms: float) -> None:
         self.membership.loop_lag(lag_ms, now_ms)
 
+    def drain(self, now_ms: float) -> list[Effect]:
+        """Before `leave`: nothing more is taken on; see `drained`."""
+        return self._close("scheduler", self.scheduler.drain(now_ms), now_ms)
+
+    @property
+    def drained(self) -> bool:
+        return self.scheduler.drained
+
     def leave(self, now_ms: float) -> list[Effect]:
+        self._left = True
         left = [
             ("registry", self.registry.leave(now_ms)),
             ("membership", self.membership.leave(now_ms)),
@@ -233,6 +244,8 @@ class Core:
             rounds += 1
             assert rounds < DELIVERIES_MAX, "subsystems keep sending to each other"
             owner, effects = queue.popleft()
+            if self._left and owner == "scheduler":
+                continue  # H3
             for at, effect in enumerate(effects):
                 if isinstance(effect, Persist):
                     then: list[Effect] = []

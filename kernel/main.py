@@ -19,7 +19,8 @@ import uvloop
 
 from manifold.kernel.errors import ManifoldError
 from manifold.kernel.logbook import Logbook
-from manifold.kernel.node import NodeSpec, serve
+from manifold.kernel.node import serve
+from manifold.kernel.nodespec import NodeSpec
 
 GC_THRESHOLD = 20_000  # objects; Python's 700 would collect several times in a short task
 SWITCH_S = 0.0005  # a thread that comes back from a sync is not to wait for the loop's 5 ms

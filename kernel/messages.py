@@ -265,5 +265,34 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag="u.stop"):
     """Leave the cluster in good order and end."""
 
 
-ToSupervisor = Ready | Alive | Agreed
-FromSupervisor = ProcessEnded | FirstVoters | LinkOrders | Stop
+class Drain(msgspec.Struct, frozen=True, array_like=True, tag="u.drain"):
+    """Take on nothing more, hand over what is here, then leave and end; after `deadline_ms` leave
+    in any case."""
+
+    deadline_ms: Annotated[float, Meta(ge=0, le=3_600_000)]
+
+
+class SettleVoters(msgspec.Struct, frozen=True, array_like=True, tag="u.settle"):
+    """See to it that none of `leaving` votes. Answered by `VotersSettled`."""
+
+    number: int
+    leaving: tuple[Kid, ...]
+
+
+class VotersSettled(msgspec.Struct, frozen=True, array_like=True, tag="u.settled"):
+    """`voters` vote; where not `ok`, `why` says what stands in the way."""
+
+    number: int
+    ok: bool
+    voters: tuple[Kid, ...] = ()
+    why: str = ""
+
+
+class SetPace(msgspec.Struct, frozen=True, array_like=True, tag="u.pace"):
+    """From now on workers have this share of a core, where no cgroup says it."""
+
+    share: Annotated[float, Meta(gt=0, le=1)]
+
+
+ToSupervisor = Ready | Alive | Agreed | VotersSettled
+FromSupervisor = ProcessEnded | FirstVoters | LinkOrders | Stop | Drain | SettleVoters | SetPace

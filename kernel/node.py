@@ -21,11 +21,8 @@ from pathlib import Path
 from random import Random, SystemRandom
 from typing import Any
 
-import msgspec
-
 from manifold.kernel import durable, identity, places, traces
 from manifold.kernel.clock import Clock
-from manifold.kernel.config import Config
 from manifold.kernel.consulting import Consulting
 from manifold.kernel.core import NEXUS_REQUESTS, REQUESTS, Core
 from manifold.kernel.effects import Effect, Held, Notify, Persist, Reply, Send, SetTimer
@@ -33,6 +30,7 @@ from manifold.kernel.errors import ManifoldError, Refused, Unavailable
 from manifold.kernel.hyperbus.driver import Bus, Incoming
 from manifold.kernel.hyperbus.faults import to_failure
 from manifold.kernel.hyperbus.messages import CLIENT_PREFIX
+from manifold.kernel.leaving import Leaving
 from manifold.kernel.logbook import Logbook
 from manifold.kernel.membership.messages import (
     Me,
@@ -46,15 +44,20 @@ from manifold.kernel.messages import (
     DECODER,
     Agreed,
     Alive,
+    Drain,
     FirstVoters,
     FromSupervisor,
     LinkOrders,
     ProcessEnded,
     Ready,
+    SetPace,
+    SettleVoters,
     Stop,
+    ToSupervisor,
 )
 from manifold.kernel.nexus import storage_driver as disk
 from manifold.kernel.nexus.rejoin import RejoinStep
+from manifold.kernel.nodespec import NodeSpec
 from manifold.kernel.observe.families import Tally
 from manifold.kernel.observe.observatory import Observatory
 from manifold.kernel.observe.spans import Spans
@@ -89,32 +92,11 @@ from manifold.vm.kid import Kid
 
 log = logging.getLogger("manifold.node")
 
-LEAVE_S = 0.3  # after saying goodbye, the time for it to reach others
 LAG_MS_MIN = 50.0  # a timer later than this is worth telling membership
 CLIENT_CHECK_S = 2.0  # a client's lease: who does not answer at its socket then has lost it
 CLIENT = re.compile(r"C-[0-9a-f]{16}")
 HOLD_S = 0.002  # a submission is answered at the latest after this
 JOB_LOG_S = 0.01  # lines about jobs are written out of the way of the jobs
-
-
-class NodeSpec(msgspec.Struct, frozen=True):
-    """Everything a node is told when it is forked."""
-
-    alias: str
-    node_class: str
-    config: Config
-    state_dir: str
-    address: str
-    seeds: tuple[str, ...]
-    zygote: str
-    cgroup: str
-    cores: int
-    compute: float
-    memory_bytes: int
-    bandwidth_bps: float
-    latency_ms: float
-    gpu: bool
-    orders: LinkOrders = LinkOrders()  # rules of links made since the cluster came up
 
 
 class Node:
@@ -138,7 +120,6 @@ class Node:
         self._alive = 0
         self._job_events: list[JobEvent] = []
         self._held: dict[str, tuple[Incoming, JobStatus, asyncio.TimerHandle]] = {}
-        self._leaving = False
         folder = Path(spec.state_dir)
         self.identity = identity.load_identity(folder)
         self.boot = identity.next_boot(folder)
@@ -169,6 +150,7 @@ class Node:
         self.spans = Spans(self) if traces.wanted(os.environ) else None
         self.calls = SystemCalls(self)
         self.consulting = Consulting(self)
+        self.leaving = Leaving(self)
 
     def _me(self) -> Me:
         spec = self.spec
@@ -226,17 +208,18 @@ class Node:
                     self.consulting.initialise(voters)
                 case LinkOrders() as orders:
                     self.calls.obey(orders)
+                case SettleVoters():
+                    self.run(self.leaving.settle(message))
+                case Drain(deadline_ms=deadline_ms):
+                    self.leaving.drain(deadline_ms)
+                case SetPace(share=share):
+                    self.pool.pace(share)
+                    self.tasks.pace(share)
                 case Stop():
-                    self.leave()
+                    self.leaving.leave()
 
-    def leave(self) -> None:
-        """Tell the others, then end."""
-        if self._leaving:
-            return
-        self._leaving = True
-        self.core.scheduler.runner.cordoned = True
-        self.perform(self.core.leave(self.now_ms()))
-        self.loop.call_later(LEAVE_S, self.end, 0, "left the cluster")
+    def tell(self, message: ToSupervisor) -> None:
+        self._control.post(message)
 
     def end(self, status: int, why: str) -> None:
         if not self.ended.done():
@@ -253,6 +236,7 @@ class Node:
             self._clients_checked.cancel()
         for task in self._tasks:
             task.cancel()
+        self.leaving.close()
         self.observatory.close()
         if self.spans is not None:
             self.spans.close()
@@ -288,6 +272,8 @@ class Node:
             self.perform(self.core.receive(Kid(incoming.source), body, self.now_ms()))
 
     def _requested(self, incoming: Incoming) -> None:
+        if self.leaving.left:
+            return  # the client hears nothing, and asks another
         try:
             self._check_kind(incoming.body)
             answer, effects = self.core.request(incoming.source, incoming.body, self.now_ms())
@@ -366,6 +352,8 @@ class Node:
                 self._send(effect)
             else:
                 self._perform_one(effect)
+        if self.leaving.draining:
+            self.loop.call_soon(self.leaving.look)
 
     async def _persist(self, held: Held) -> None:
         """A record of membership: a file of its own, replaced whole."""

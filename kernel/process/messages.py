@@ -192,9 +192,15 @@ class Lend(msgspec.Struct, frozen=True, array_like=True, tag="w.lend"):
     run: int
 
 
-ToWorker = Compute | Limit | Abort | GlobalDone
+class Pace(msgspec.Struct, frozen=True, array_like=True, tag="w.pace"):
+    """From now on have this share of a core, by pauses."""
+
+    share: Annotated[float, Meta(gt=0, le=1)]
+
+
+ToWorker = Compute | Limit | Abort | GlobalDone | Pace
 ToNode = Blocks | Limited | Ended | GlobalCall
-ToTask = Calls | Limit
+ToTask = Calls | Limit | Pace
 FromTask = Blocks | Limited | Ended | Lend
 
 

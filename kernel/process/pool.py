@@ -30,6 +30,7 @@ from manifold.kernel.process.messages import (
     GlobalDone,
     Limit,
     Limited,
+    Pace,
     Result,
     ToNode,
     WorkerSpec,
@@ -108,6 +109,12 @@ class Pool:
         if worker is not None and run in worker.runs:
             worker.runs[run] = self._loop.time()
             worker.child.post(Abort(run))
+
+    def pace(self, share: float) -> None:
+        """Workers have this share of a core from now on, those to come as well."""
+        self._template = msgspec.structs.replace(self._template, share=share)
+        for worker in self._workers.values():
+            worker.child.post(Pace(share))
 
     def global_done(self, slot: int, done: GlobalDone) -> None:
         """The answer to a `GlobalCall`; dropped if that run is not there any more."""

@@ -24,12 +24,16 @@ ANSWER_S = 0.05  # a connection on one host is taken by the kernel: it does not 
 
 
 class Remains(msgspec.Struct, frozen=True):
-    """`names` are our sockets' names without their endings; `whole` where the folder is ours."""
+    """`names` are our sockets' names without their endings; `whole` where the folder is ours.
+
+    `above`: groups of which everything is ours as well, but what belongs to a node that answers.
+    """
 
     runtime_dir: str
     whole: bool
     names: tuple[str, ...]
     cgroups: tuple[str, ...]
+    above: tuple[str, ...] = ()
 
 
 def clear(remains: Remains) -> None:
@@ -45,6 +49,10 @@ def clear(remains: Remains) -> None:
             folder.rmdir()
     for group in remains.cgroups:
         throttle.remove(group)
+    for above in remains.above:
+        for path in sorted(Path(above).glob("*/")):
+            if not answers(folder / f"{path.name}{DOOR}"):
+                throttle.remove(str(path))
 
 
 def clear_folder(folder: Path) -> None:

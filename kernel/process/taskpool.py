@@ -34,6 +34,7 @@ from manifold.kernel.process.messages import (
     Lend,
     Limit,
     Limited,
+    Pace,
     Result,
     TaskSpec,
 )
@@ -130,6 +131,12 @@ class TaskPool:
         process.aborted_s = self._loop.time()
         process.verdict = "it was cancelled"
         process.child.signal(signal.SIGTERM)
+
+    def pace(self, share: float) -> None:
+        """Calls have this share of a core from now on, those of processes to come as well."""
+        self._spec = msgspec.structs.replace(self._spec, share=share)
+        for process in self._processes:
+            process.child.post(Pace(share))
 
     def pids(self) -> dict[int, int]:
         """Slot to process, of those that compute."""

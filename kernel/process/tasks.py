@@ -37,6 +37,7 @@ from manifold.kernel.process.messages import (
     Lend,
     Limit,
     Limited,
+    Pace,
     TaskSpec,
     ToTask,
 )
@@ -109,12 +110,13 @@ class TaskProcess:
                 else:
                     self._run = 0
                     self._channel.send(told, Ended(calls.run, None))
-            if self._pacer is not None:
-                pause_s = self._pacer.pause_s(time.thread_time() - cpu_s)
+            pacer = self._pacer  # another thread may set it meanwhile
+            if pacer is not None:
+                pause_s = pacer.pause_s(time.thread_time() - cpu_s)
                 if pause_s > 0:
                     before_s = time.monotonic()
                     time.sleep(pause_s)  # this is what a slower machine would do
-                    self._pacer.paused(time.monotonic() - before_s)
+                    pacer.paused(time.monotonic() - before_s)
 
     def _begin(self, run: int, block: int) -> bool:
         """Whether there is a call to make at all: a limit may have come first."""
@@ -147,6 +149,9 @@ class TaskProcess:
                 self._channel.send(Limited(run, self._last))
             case Limit():
                 pass  # it came after its run's end
+            case Pace(share=share):
+                self._gas_per_ms = speed.gas_per_ms() * share
+                self._pacer = throttle.Pacer(share) if share < 1.0 else None
 
     def _lend(self) -> None:
         with self._lock:

@@ -47,6 +47,17 @@ def prepare(group: str, cores: float, roots: Roots = ROOTS) -> str:
     return ""
 
 
+def set_cores(path: str, cores: float) -> None:
+    """Another quota for a group that `prepare` has made; raises `OSError` where it is gone."""
+    assert ABOVE in Path(path).parts, "only groups that `prepare` made are changed"
+    quota_us = max(QUOTA_US_MIN, round(cores * PERIOD_US))
+    old, new = Path(path, "cpu.cfs_quota_us"), Path(path, "cpu.max")
+    if old.exists():
+        old.write_text(str(quota_us))
+    else:
+        new.write_text(f"{quota_us} {PERIOD_US}")
+
+
 def _limit(path: Path, root: Path, version: int, quota_us: int) -> None:
     if version == 1:
         (path / "cpu.cfs_period_us").write_text(str(PERIOD_US))
@@ -84,10 +95,15 @@ def remove(path: str) -> None:
             return
 
 
+def above(group: str, roots: Roots = ROOTS) -> tuple[str, ...]:
+    """Where the groups of the nodes of a cluster are."""
+    return tuple(str(root / ABOVE / group) for root, _ in roots)
+
+
 def remove_all(group: str, roots: Roots = ROOTS) -> None:
     """Remove what a cluster that was killed with everybody who cleans up has left."""
-    for root, _ in roots:
-        for path in sorted((root / ABOVE / group).glob("*/")):
+    for folder in above(group, roots):
+        for path in sorted(Path(folder).glob("*/")):
             remove(str(path))
 
 

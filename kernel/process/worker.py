@@ -35,6 +35,7 @@ from manifold.kernel.process.messages import (
     GlobalDone,
     Limit,
     Limited,
+    Pace,
     Result,
     ToWorker,
     Value,
@@ -95,6 +96,8 @@ class Worker:
             message = self._queue.pop(0)
             if isinstance(message, Compute):  # a limit or abort here came after its run's end
                 self._run(message)
+            elif isinstance(message, Pace):
+                self._set_pace(message.share)
 
     # -- one run ------------------------------------------------------------------------------
 
@@ -276,7 +279,9 @@ class Worker:
     def _hear(self, message: ToWorker) -> None:
         """Act on what concerns the present run or one that waits; the rest came too late."""
         assert self._compute is not None
-        if message.run > self._compute.run:
+        if isinstance(message, Pace):
+            self._set_pace(message.share)
+        elif message.run > self._compute.run:
             self._hear_of_waiting(message)
         elif message.run == self._compute.run:
             match message:
@@ -293,12 +298,18 @@ class Worker:
                 case Compute():
                     raise AssertionError("a run is started once")
 
-    def _hear_of_waiting(self, message: ToWorker) -> None:
+    def _set_pace(self, share: float) -> None:
+        self._pacer = throttle.Pacer(share) if share < 1.0 else None
+        self._cpu_s = time.thread_time()
+
+    def _hear_of_waiting(self, message: Compute | Limit | Abort | GlobalDone) -> None:
         """W3."""
         if isinstance(message, Compute):
             self._queue.append(message)
             return
-        waiting = next((w for w in self._queue if w.run == message.run), None)
+        waiting = next(
+            (w for w in self._queue if not isinstance(w, Pace) and w.run == message.run), None
+        )
         if not isinstance(waiting, Compute) or isinstance(message, GlobalDone):
             return
         at = self._queue.index(waiting)

@@ -62,6 +62,7 @@ class Keeper(Takeover):
         super().__init__(owner, boot)
         self._listed: dict[str, None] = {}  # as our register has it
         self._listing = False
+        self._keep_after_ms = KEEP_AFTER_MS
 
     # -- Nexus --------------------------------------------------------------------------------
 
@@ -91,6 +92,16 @@ class Keeper(Takeover):
         """Whether its record is ours."""
         guard = self.guards.get(job)
         return guard is not None and guard.claimed
+
+    def hurry(self) -> None:
+        """This node is about to leave: every job that can be recorded is, however short."""
+        self._keep_after_ms = 0.0
+
+    @property
+    def safe(self) -> bool:
+        """Whether every job of this node is on record, so that another may go on with it."""
+        running = all(self.keeps(job) for job in self._owner.jobs)
+        return running and all(guard.told for guard in self.guards.values() if guard.over)
 
     def waits(self, job: str) -> bool:
         """Whether it is not begun yet: it is looked for, or not recorded."""
@@ -177,7 +188,7 @@ class Keeper(Takeover):
             effects += self._owner.begin(job, now_ms)
         if self._known:
             for job in list(self._owner.jobs.values()):
-                if now_ms - job.started_ms < KEEP_AFTER_MS:
+                if now_ms - job.started_ms < self._keep_after_ms:
                     break  # they stand in the order of their start, about
                 if job.job not in self.guards and self._worth(job):
                     guard = self._guard(job, now_ms)

@@ -222,7 +222,8 @@ class Rejected(msgspec.Struct, frozen=True, array_like=True, tag="s.reject"):
     """Not admitted: no credit. Come again after `retry_ms`, or go elsewhere.
 
     `forward` is where: above `full_view` nodes a runner sends a shard on to the link of its own
-    that finishes it sooner. The owner assigns it there: there is one writer.
+    that finishes it sooner. The owner assigns it there: there is one writer. `load` says that
+    there is no credit to those who thought so.
     """
 
     job: JobId
@@ -230,6 +231,7 @@ class Rejected(msgspec.Struct, frozen=True, array_like=True, tag="s.reject"):
     attempt: Number
     retry_ms: Ms
     forward: Kid | None = None
+    load: LoadReport | None = None
 
 
 class NeedProgram(msgspec.Struct, frozen=True, array_like=True, tag="s.need"):

@@ -249,6 +249,8 @@ class Owner(Planner):
                     return [Send(source, drop), *self._plan(job, now_ms)]
                 return self._plan(job, now_ms)
             case Rejected(retry_ms=retry_ms, forward=forward):
+                if message.load is not None:
+                    self.peers.load(source, message.load, now_ms)
                 path = (*shard.path, source)
                 self._take_back(job, shard, now_ms)
                 shard.attempts -= 1  # a refusal is not a failure

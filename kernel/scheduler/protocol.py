@@ -134,6 +134,20 @@ class Scheduler:
             effects.append(SetTimer(due_ms))
         return effects
 
+    # -- leaving ------------------------------------------------------------------------------
+
+    def drain(self, now_ms: float) -> list[Effect]:
+        """This node is to leave: run nothing more here, record what it owns."""
+        effects = self.runner.drain()
+        self.owner.keeper.hurry()
+        self.owner.peers.load(self.owner.me, self.runner.load(), now_ms)
+        return self._close([*effects, *self.owner.tick(now_ms)], now_ms)
+
+    @property
+    def drained(self) -> bool:
+        """Whether nothing is lost when this node leaves now."""
+        return not self.runner.held and self.owner.keeper.safe
+
     # -- Nexus --------------------------------------------------------------------------------
 
     def nexus_known(self, now_ms: float) -> list[Effect]:

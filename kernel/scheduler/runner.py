@@ -186,7 +186,8 @@ class Runner:
         if not ir:
             return [*effects, Send(owner, NeedProgram(*identity))]
         if not self._admits():
-            return [*effects, Send(owner, Rejected(*identity, self.config.backlog_ms))]
+            refused = Rejected(*identity, self.config.backlog_ms, load=self.load())
+            return [*effects, Send(owner, refused)]
         attempt = Attempt(
             owner, *identity, message.spec, ir, message.last,
             message.first, message.first, message.first, now_ms, now_ms, tries=message.tries,
@@ -460,6 +461,19 @@ class Runner:
         self._leave_slot(attempt)
         attempt.lost = reason
         return [self._report(attempt, now_ms), *self._fill(now_ms)]
+
+    def drain(self) -> list[Effect]:
+        """Admit nothing from now on and give back what is not begun: its owners ask elsewhere."""
+        self.cordoned = True
+        effects: list[Effect] = []
+        for attempt in self._attempts.values():
+            if attempt.run:  # the block that it is at is finished; then as if it had been shrunk
+                attempt.shrink_to = attempt.next
+                effects.append(Notify(LimitRun(attempt.slot, attempt.run, attempt.next)))
+            elif not attempt.ended:
+                effects.append(self._shrunk(attempt, attempt.next))
+        self._waiting.clear()
+        return effects
 
     def _leave_slot(self, attempt: Attempt) -> None:
         del self._running[attempt.slot]

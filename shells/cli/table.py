@@ -13,8 +13,8 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "down": ("manifold.tools.emulator.verbs:down", "End it; nothing is left behind."),
         "status": ("manifold.shells.verbs.cluster:status", "How the cluster is."),
         "agent": ("manifold.tools.emulator.verbs:agent", "Run one node in the foreground."),
-        "node": ("manifold.shells.verbs.cluster:node", "Nodes: ls, inspect."),
         "net": ("manifold.tools.emulator.net:net", "Links: ls, slow, cut, partition, heal."),
+        "node": ("manifold.tools.emulator.node_verbs:node", "Who is there; add, remove, hurt."),
     },
     "work": {
         "run": ("manifold.shells.verbs.run:run", "Run a program, a script or a WASI command."),

@@ -1,4 +1,4 @@
-"""`status` and `node`."""
+"""`status`, and what `node` shows: `ls` and `inspect`."""
 
 from __future__ import annotations
 
@@ -58,12 +58,7 @@ def status(context: click.Context, as_json: bool) -> None:
         click.secho(f"not well: {', '.join(lost)}", fg="yellow")
 
 
-@click.group()
-def node() -> None:
-    """Nodes of the cluster."""
-
-
-@node.command("ls")
+@click.command("ls")
 @json_option
 @click.pass_context
 def node_ls(context: click.Context, as_json: bool) -> None:
@@ -87,7 +82,7 @@ def node_ls(context: click.Context, as_json: bool) -> None:
     )  # fmt: skip
 
 
-@node.command("inspect")
+@click.command("inspect")
 @click.argument("alias", shell_complete=completing.aliases)
 @json_option
 @click.pass_context

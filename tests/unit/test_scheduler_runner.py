@@ -404,3 +404,30 @@ def test_programs_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         spec = msgspec.structs.replace(SPEC, program=kid_of(ir))
         started(runner, assignment(shard=number, spec=spec, ir=ir))
     assert len(runner._programs) == 3
+
+
+def test_a_runner_that_drains_gives_back_what_waits_and_finishes_the_block_it_is_at() -> None:
+    runner = runner_of()
+    (run,) = started(runner)
+    runner.receive(OWNER, assignment(1), 1.0)
+    runner.run_blocks(run.worker, run.run, 0, results(0, 3), 3e6, 3.0, 2.0)
+    effects = runner.drain()
+    assert [(back.shard, back.last) for back in sent(effects, Shrunk)] == [(1, 0)]
+    assert [limit.last for limit in told(effects, LimitRun)] == [3]
+    assert runner.load().credits == 0
+    (shrunk,) = sent(runner.run_limited(run.worker, run.run, 4, 3.0), Shrunk)
+    assert (shrunk.shard, shrunk.last) == (0, 4), "the fourth is being computed"
+    runner.run_blocks(run.worker, run.run, 3, results(3, 1), 1e6, 1.0, 4.0)
+    effects = runner.run_ended(run.worker, run.run, None, 5.0)
+    assert not told(effects, StartRun)
+    runner.receive(OWNER, DropShard(JOB, 1, 1), 6.0)
+    assert runner.held == 1, "not all results are counted"
+    runner.receive(OWNER, ReportAck(JOB, 0, 1, 4), 6.0)
+    assert runner.held == 0
+
+
+def test_a_runner_that_drains_refuses_with_the_load_that_says_so() -> None:
+    runner = runner_of()
+    runner.drain()
+    (refusal,) = sent(runner.receive(OWNER, assignment(), 1.0), Rejected)
+    assert refusal.load is not None and refusal.load.credits == 0

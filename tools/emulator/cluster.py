@@ -10,37 +10,15 @@ import dataclasses
 import os
 import signal
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from manifold.kernel import places
 from manifold.kernel.config import Config, NodeClass
 from manifold.kernel.errors import Unavailable
-from manifold.kernel.node import NodeSpec
 from manifold.kernel.process import remains, throttle
-from manifold.tools.emulator import record
+from manifold.tools.emulator import control, record
+from manifold.tools.emulator.changes import Changes
+from manifold.tools.emulator.members import Members
 from manifold.tools.emulator.supervisor import Supervisor, refuse_taken
-
-
-def node_spec(
-    config: Config,
-    alias: str,
-    kind: NodeClass,
-    runtime: Path,
-    seeds: tuple[str, ...],
-    environ: Mapping[str, str],
-    zygote: str,
-    roots: throttle.Roots = throttle.ROOTS,
-) -> NodeSpec:
-    """The specification of one node on this host."""
-    group = f"{runtime.name}/{alias}"
-    cores = kind.cores * kind.compute
-    cgroup = throttle.prepare(group, cores, roots) if kind.compute < 1.0 else ""
-    address = f"ipc://{places.ipc_path(runtime, alias)}"
-    return NodeSpec(
-        alias, kind.name, config, str(places.state_dir(config.cluster, alias, environ)), address,
-        seeds, zygote, cgroup, kind.cores, kind.compute, kind.memory, kind.bandwidth, kind.latency,
-        kind.gpu,
-    )  # fmt: skip
 
 
 def sharing_this_machine(config: Config, count: int) -> Config:
@@ -73,23 +51,19 @@ async def up(
         remains.clear_spool(places.spool_dir(config.cluster, environ), runtime)
         remains.clear_folder(runtime)  # who was killed may have left it
         runtime = places.runtime_dir(config.cluster, environ)
-        agents = [str(path)[:-2] for path in sorted(runtime.glob("*.d"))]
-        members = config.spread(count)
-        addresses = [str(places.ipc_path(runtime, alias)) for alias, _ in members]
-        seeds = tuple(f"ipc://{path}" for path in (*addresses, *agents))
-        zygote = str(runtime / "zygote")
-        specs = [
-            node_spec(config, alias, kind, runtime, seeds, environ, zygote, roots)
-            for alias, kind in members
-        ]
-        for spec in specs:
-            Path(spec.state_dir).mkdir(parents=True, exist_ok=True, mode=0o700)
+        agents = [f"ipc://{str(path)[:-2]}" for path in sorted(runtime.glob("*.d"))]
+        members = Members(config, runtime, environ, roots, agents)
+        specs = members.first(count)
     except BaseException:
         lock.release()
         raise
-    supervisor = Supervisor(specs, runtime, lock, on_event=on_event)
+    supervisor = Supervisor(specs, runtime, lock, on_event=on_event, members=members)
+    supervisor.changes = Changes(supervisor)
+    path = control.socket_path(config.cluster, environ)
+    supervisor.control = control.Control(supervisor.changes, path)
     try:
         await supervisor.start()
+        await supervisor.control.serve()
     except BaseException:
         await supervisor.stop()
         raise

@@ -24,6 +24,7 @@ LOCK = "supervisor.lock"
 # What a killed supervisor leaves ends within the zygote's grace of 1 s, slower on a busy host; the
 # one that is told to stop takes at most its 2 s for the nodes, and then the same.
 ENDING_S = 15.0
+RECORD_BYTES = 512  # three numbers and a path of at most 107
 LOOK_S = 0.02
 _QUIET = threading.Event()  # never set: a lock has no wait with a timeout, so it is looked at
 
@@ -43,6 +44,7 @@ class Lock:
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK
         self._fd = -1
+        self._record: Record | None = None
 
     def acquire(self, nodes: int, runtime_dir: str) -> bool:
         """Take the lock and write the record; False where a supervisor that lives holds it.
@@ -58,10 +60,18 @@ class Lock:
                 return False
             _QUIET.wait(LOOK_S)
         self._fd = fd
-        record = Record(os.getpid(), start_time(os.getpid()), runtime_dir, nodes)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, msgspec.json.encode(record), 0)
+        self._write(Record(os.getpid(), start_time(os.getpid()), runtime_dir, nodes))
         return True
+
+    def count(self, nodes: int) -> None:
+        """Write down how many nodes there are by now."""
+        if self._record is not None:
+            self._write(msgspec.structs.replace(self._record, nodes=nodes))
+
+    def _write(self, record: Record) -> None:
+        self._record = record
+        # Padded, in one write: who reads meanwhile finds the one or the other whole.
+        os.pwrite(self._fd, msgspec.json.encode(record).ljust(RECORD_BYTES), 0)
 
     @property
     def fd(self) -> int:
@@ -69,6 +79,7 @@ class Lock:
         return self._fd
 
     def release(self) -> None:
+        self._record = None
         if self._fd >= 0:
             os.ftruncate(self._fd, 0)
             os.close(self._fd)

@@ -19,9 +19,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -31,17 +32,27 @@ from manifold.kernel.messages import (
     Agreed,
     Alive,
     FirstVoters,
+    FromSupervisor,
     ProcessEnded,
     Ready,
+    SetPace,
+    SettleVoters,
     Stop,
     ToSupervisor,
+    VotersSettled,
 )
-from manifold.kernel.node import NodeSpec
+from manifold.kernel.nodespec import NodeSpec
 from manifold.kernel.process.channel import Channel, Closed
 from manifold.kernel.process.remains import Remains, clear
 from manifold.kernel.process.zygote import read_forked, request_fork
+from manifold.tools.emulator.members import Members
 from manifold.tools.emulator.orders import read as read_orders
 from manifold.tools.emulator.record import Lock
+from manifold.vm.kid import Kid
+
+if TYPE_CHECKING:
+    from manifold.tools.emulator.changes import Changes
+    from manifold.tools.emulator.control import Control
 
 log = logging.getLogger("manifold.supervisor")
 
@@ -74,6 +85,10 @@ class Watched:
     backoff_s: float = BACKOFF_S_MIN
     restarts: int = 0
     failures: int = 0  # deaths in a row before it was ready
+    down: bool = False  # it is not started again until somebody says so
+    paused: bool = False
+    leaving: bool = False
+    slowed: float = 1.0  # to this part of its compute share
 
     @property
     def serves(self) -> bool:
@@ -82,6 +97,20 @@ class Watched:
     @property
     def failing(self) -> bool:
         return self.failures >= FAILURES_MAX
+
+    @property
+    def awaited(self) -> bool:
+        """Whether the others wait for it to be there."""
+        return not (self.failing or self.down or self.leaving)
+
+    @property
+    def well(self) -> bool:
+        """Whether it answers, as far as can be seen from here."""
+        return self.ready is not None and self.channel is not None and not self.paused
+
+    @property
+    def kid(self) -> Kid | None:
+        return self.ready.kid if self.ready is not None else None
 
 
 @dataclass(slots=True)
@@ -93,16 +122,18 @@ class Supervisor:
     lock: Lock
     whole_dir: bool = True
     on_event: Callable[[str], None] = log.info
+    members: Members | None = None  # who may be added; None: an agent stays alone
+    changes: Changes | None = None  # set with `members`
+    control: Control | None = None  # through which other processes reach `changes`
     nodes: dict[str, Watched] = field(default_factory=dict)
     stopping: bool = False
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
     _gone: asyncio.Event = field(default_factory=asyncio.Event)  # a node ended while stopping
-    _changed: asyncio.Event = field(
-        default_factory=asyncio.Event
-    )  # a node ended, is ready; all converged
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)  # ended, ready, converged
     _converged: asyncio.Event = field(default_factory=asyncio.Event)
     _told_voters: bool = False
     _agreed: bool = True  # once they were told: whether somebody has answered
+    _settling: dict[int, asyncio.Future[VotersSettled]] = field(default_factory=dict)
     _liveness_write: int = -1
     _zygote: subprocess.Popen[bytes] | None = None
     _zygote_fd: int = -1
@@ -150,8 +181,15 @@ class Supervisor:
 
     def _remains(self) -> Remains:
         names = (self._zygote_path.name, *(spec.alias for spec in self.specs))
-        cgroups = tuple(spec.cgroup for spec in self.specs if spec.cgroup)
-        return Remains(str(self.runtime_dir), self.whole_dir, names, cgroups)
+        cgroups = tuple(group for spec in self.specs for group in spec.cgroups)
+        above = self.members.above if self.members is not None else ()
+        return Remains(str(self.runtime_dir), self.whole_dir, names, cgroups, above)
+
+    @property
+    def seeds(self) -> tuple[str, ...]:
+        """Where one that comes, or comes back, finds the others."""
+        agents = self.specs[0].seeds if self.members is None else self.members.agents
+        return tuple(dict.fromkeys((*(spec.address for spec in self.specs), *agents)))
 
     @property
     def failing(self) -> list[str]:
@@ -181,7 +219,7 @@ class Supervisor:
             return False
         return True
 
-    async def gone(self, alias: str, pid: int) -> None:
+    async def ended(self, alias: str, pid: int) -> None:
         """Wait until the end of that process of the node was seen, and told to the others."""
         node = self.nodes[alias]
         while node.pid == pid and node.pidfd >= 0:
@@ -210,9 +248,11 @@ class Supervisor:
         if self.stopping:
             return
         self.stopping = True
+        if self.control is not None:
+            self.control.close()
         for node in self.nodes.values():
-            if node.channel is not None:
-                node.channel.post(Stop())
+            self.signal(node, resume=True)
+            self.tell(node, Stop())
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + STOP_S
         while any(n.pidfd >= 0 for n in self.nodes.values()) and loop.time() < deadline_s:
@@ -245,6 +285,8 @@ class Supervisor:
         ours.setblocking(False)
         orders = read_orders(self.runtime_dir)
         spec = msgspec.msgpack.encode(msgspec.structs.replace(node.spec, orders=orders))
+        # Those that it was told of at first may have left since.
+        spec = msgspec.msgpack.encode(msgspec.structs.replace(node.spec, seeds=self.seeds))
         try:
             with theirs:
                 pid = await asyncio.to_thread(self._ask_zygote, spec, theirs.fileno())
@@ -290,6 +332,8 @@ class Supervisor:
                     node.ready = message
                     node.failures = 0
                     self._changed.set()
+                    if node.slowed < 1.0 and not node.spec.cgroup:  # it is a new process
+                        self.tell(node, SetPace(node.spec.compute * node.slowed))
                     if node.restarts:
                         self.on_event(f"{node.spec.alias} is back, boot {message.boot}")
                     if (orders := read_orders(self.runtime_dir)).number:
@@ -299,10 +343,14 @@ class Supervisor:
                 case Agreed():
                     self._agreed = True
                     self._changed.set()
+                case VotersSettled(number=number):
+                    asked = self._settling.pop(number, None)
+                    if asked is not None and not asked.done():
+                        asked.set_result(message)
         self._look_converged()
 
     def _look_converged(self) -> None:
-        well = [node for node in self.nodes.values() if not node.failing]
+        well = [node for node in self.nodes.values() if node.awaited]
         everybody = len(well) + len(self.specs) - len(self.nodes)  # those to come are awaited
         if well and all(node.alive >= everybody for node in well):
             self._converged.set()
@@ -340,7 +388,7 @@ class Supervisor:
             self._readable(node, node.channel)  # what it said before it ended
         if node.channel is not None:
             self._hang_up(node, node.channel)
-        node.alive = 0
+        node.alive, node.paused = 0, False
         self._told_voters = False  # perhaps it was the one that was told, and had not done it
         self._gone.set()
         self._changed.set()
@@ -350,12 +398,23 @@ class Supervisor:
                 if other is not node and other.channel is not None:
                     other.channel.post(news)
         if not self.stopping:
-            if node.ready is None:
-                self._failed(node)
-            if node.failures < FAILURES_MAX:
-                self.on_event(f"{node.spec.alias} (pid {node.pid}) ended; starting it again")
-            self._again(node)
+            self._ended_alone(node)
         self._look_converged()
+
+    def _ended_alone(self, node: Watched) -> None:
+        """Not because everything ends."""
+        alias = node.spec.alias
+        if node.leaving:
+            self.on_event(f"{alias} has left")
+            return
+        if node.down:
+            self.on_event(f"{alias} (pid {node.pid}) ended, and stays down")
+            return
+        if node.ready is None:
+            self._failed(node)
+        if node.failures < FAILURES_MAX:
+            self.on_event(f"{alias} (pid {node.pid}) ended; starting it again")
+        self._again(node)
 
     def _failed(self, node: Watched) -> None:
         """U2: it ended before it was ready."""
@@ -395,10 +454,74 @@ class Supervisor:
             self._zygote_fd = -1
 
     def _restart(self, node: Watched) -> None:
-        if self.stopping:
+        if self.stopping or node.down or node.leaving or node.pidfd >= 0:
             return
         task = asyncio.get_running_loop().create_task(self._fork(node))
         task.add_done_callback(lambda done: done.result() if not done.cancelled() else None)
+
+    # -- what `changes.py` is made of ---------------------------------------------------------
+
+    async def admit(self, specs: Sequence[NodeSpec]) -> None:
+        """Further nodes; returns once they were forked."""
+        self.specs += specs
+        self._converged.clear()
+        for spec in specs:
+            self.nodes[spec.alias] = Watched(spec)
+        for spec in specs:
+            await self._fork(self.nodes[spec.alias])
+        self.lock.count(len(self.specs))
+
+    async def gone(self, node: Watched, late_s: float) -> None:
+        """Wait until a node that was told to go has ended; it is killed where it is late."""
+        while node.pidfd >= 0:
+            self._gone.clear()
+            try:
+                async with asyncio.timeout_at(late_s):
+                    await self._gone.wait()
+            except TimeoutError:
+                self.on_event(f"{node.spec.alias} does not leave: it is killed")
+                self.signal(node, kill=True)
+                late_s += STOP_S
+
+    def dismiss(self, node: Watched) -> None:
+        """Forget a node that has ended, and take away what it had here, but for its state."""
+        assert node.pidfd < 0, "its process has ended"
+        self.specs.remove(node.spec)
+        del self.nodes[node.spec.alias]
+        clear(Remains(str(self.runtime_dir), False, (node.spec.alias,), node.spec.cgroups))
+        self.lock.count(len(self.specs))
+        self._look_converged()
+
+    async def start_again(self, node: Watched) -> None:
+        """One that was to stay down."""
+        node.down, node.backoff_s, node.failures = False, BACKOFF_S_MIN, 0
+        self._converged.clear()
+        if node.pidfd < 0:
+            await self._fork(node)
+
+    def tell(self, node: Watched, message: FromSupervisor) -> None:
+        """Nothing, where its process has ended."""
+        if node.channel is not None:
+            node.channel.post(message)
+
+    def ask_voters(self, node: Watched, wish: SettleVoters) -> asyncio.Future[VotersSettled]:
+        """One question to one node; whoever waits says for how long."""
+        answer: asyncio.Future[VotersSettled] = asyncio.get_running_loop().create_future()
+        self._settling[wish.number] = answer
+        answer.add_done_callback(lambda _: self._settling.pop(wish.number, None))
+        self.tell(node, wish)
+        return answer
+
+    def signal(
+        self, node: Watched, *, kill: bool = False, pause: bool = False, resume: bool = False
+    ) -> None:
+        """U3. To resume what is not paused does nothing."""
+        if node.pidfd < 0 or (resume and not node.paused):
+            return
+        number = signal.SIGKILL if kill else signal.SIGSTOP if pause else signal.SIGCONT
+        node.paused = pause
+        with contextlib.suppress(ProcessLookupError):  # its end is on its way to us
+            signal.pidfd_send_signal(node.pidfd, number)
 
     def _kill(self, node: Watched) -> None:
         if node.channel is not None:

@@ -11,9 +11,7 @@ X2 what was done, and what the supervisor said, is in `trace`, with its time.
 from __future__ import annotations
 
 import asyncio
-import os
 import resource
-import signal
 import subprocess
 import sys
 import threading
@@ -27,11 +25,12 @@ from manifold.kernel import messages as m
 from manifold.kernel import places
 from manifold.kernel.clock import JUMP_MS_MAX, RATE_MAX, RATE_MIN
 from manifold.kernel.config import Config, load
-from manifold.kernel.errors import ManifoldError, NotFound, Unavailable
+from manifold.kernel.errors import ManifoldError, NotFound, Refused, Unavailable
 from manifold.kernel.hyperbus.rules import LinkRule
 from manifold.kernel.process import throttle
 from manifold.shells.sdk.client import Client
 from manifold.tools.emulator import cluster, orders
+from manifold.tools.emulator.changes import Changes
 from manifold.tools.emulator.supervisor import BACKOFF_S_MIN, Supervisor, Watched
 
 CONVERGE_S = 30.0
@@ -70,7 +69,7 @@ class TestCluster:
         settings = dict(overrides or {}) | {"cluster": self.name}
         self.config: Config = load(config, {}, settings)
         self.events: list[str] = []
-        self._stopped: set[str] = set()
+        self.shared = False  # by several tests: its nodes neither come nor go
         self._full: dict[str, int] = {}  # by alias: the process whose disk is full
         self._skewed: set[str] = set()
         self._linked = False  # whether any rule of links was set
@@ -84,6 +83,8 @@ class TestCluster:
             self.supervisor: Supervisor = self._call(
                 cluster.up(self.config, nodes, environ, self._said, roots)
             )
+            assert self.supervisor.changes is not None, "a cluster that is up may be changed"
+            self._changes: Changes = self.supervisor.changes
             if converge:
                 self.wait_converged()
         except BaseException:
@@ -162,39 +163,74 @@ class TestCluster:
         paths = [folder / name for name in LOG_FILES]
         return "\n".join(path.read_text(errors="replace") for path in paths if path.exists())
 
+    # -- growing and shrinking ------------------------------------------------------------------
+
+    def add(self, kind: str = "", count: int = 1) -> list[str]:
+        """`count` more nodes of a class; their aliases, once everybody sees everybody."""
+        self._refuse_shared()
+        self.note(f"add {count} {kind}".rstrip())
+        return self._call(self._changes.add(kind, count))
+
+    def remove(self, *nodes: Node, force: bool = False) -> None:
+        """Let nodes leave well; returns once their processes have ended."""
+        self._refuse_shared()
+        aliases = [self.alias(node) for node in nodes]
+        self.note(f"remove {', '.join(aliases)}")
+        self._call(self._changes.remove(aliases, force=force))
+
+    def _refuse_shared(self) -> None:
+        if self.shared:
+            raise Refused(
+                "Other tests use this cluster: its nodes neither come nor go.",
+                "Take manifold_cluster, which is this test's alone.",
+            )
+
     # -- hurting nodes ------------------------------------------------------------------------
 
-    def kill(self, node: Node) -> int:
+    def kill(self, node: Node, *, stay_down: bool = False) -> int:
         """SIGKILL the node's process; the pid it had. Returns when its end was seen; the
-        supervisor starts it again after its back-off: `wait_converged` waits for that."""
-        watched = self._node(node)
-        pid = watched.pid
-        self.note(f"kill {watched.spec.alias} (pid {pid})")
-        os.kill(pid, signal.SIGKILL)
-        self._stopped.discard(watched.spec.alias)
-        self._call(self.supervisor.gone(watched.spec.alias, pid))
+        supervisor starts it again after its back-off, unless it is to stay down."""
+        alias = self.alias(node)
+        pid = self.pid(alias)
+        self.note(f"kill {alias} (pid {pid}){', which stays down' if stay_down else ''}")
+        self._call(self._changes.kill(alias, stay_down=stay_down, force=True))
+        self._call(self.supervisor.ended(alias, pid))
         return pid
 
+    def start(self, node: Node) -> None:
+        """Start one that was to stay down."""
+        alias = self.alias(node)
+        self.note(f"start {alias}")
+        self._call(self._changes.start(alias))
+
     def restart(self, node: Node, timeout_s: float = CONVERGE_S) -> None:
-        """SIGKILL the node's process, and return when another has taken its place and everybody
-        sees everybody."""
-        self._node(node).backoff_s = BACKOFF_S_MIN  # it is not the node that keeps dying
-        self.kill(node)
+        """SIGKILL the node's process, where it has one, and return when another has taken its place
+        and everybody sees everybody."""
+        watched = self._node(node)
+        watched.backoff_s = BACKOFF_S_MIN  # it is not the node that keeps dying
+        if watched.down:
+            self.start(node)
+        else:
+            self.kill(node)
         self.wait_converged(timeout_s)
 
     def pause(self, node: Node) -> None:
         """SIGSTOP the node's process: it is silent, and its connections stay."""
         alias = self.alias(node)
         self.note(f"pause {alias}")
-        os.kill(self.pid(alias), signal.SIGSTOP)
-        self._stopped.add(alias)
+        self._call(self._changes.pause(alias, force=True))
 
     def resume(self, node: Node) -> None:
         """SIGCONT it."""
         alias = self.alias(node)
         self.note(f"resume {alias}")
-        self._stopped.discard(alias)
-        os.kill(self.pid(alias), signal.SIGCONT)
+        self._call(self._changes.resume(alias))
+
+    def throttle(self, node: Node, to: float) -> None:
+        """Give its workers `to` of the compute share of its class; 1 undoes it."""
+        alias = self.alias(node)
+        self.note(f"throttle {alias} to {to:g}")
+        self._call(self._changes.slow(alias, to))
 
     def clock_skew(self, node: Node, jump_ms: float = 0.0, rate: float = 1.0) -> None:
         """Put the node's clock `jump_ms` ahead, and let it go `rate` times as fast from now on.
@@ -295,8 +331,7 @@ class TestCluster:
 
     def heal(self) -> None:
         """Lift every rule of links, and let every paused node go on."""
-        for alias in sorted(self._stopped):
-            self.resume(alias)
+        self._resume_all()
         self.note("heal")
         self._change(lambda before: ())
         for alias in sorted(self._told):
@@ -304,14 +339,21 @@ class TestCluster:
         self._told.clear()
         self._linked = False
 
+    def _resume_all(self) -> None:
+        for alias in self.aliases:
+            if self._node(alias).paused:
+                self.resume(alias)
+
     def undo(self) -> None:
         """X1: as if no fault had been made; returns when everybody sees everybody."""
-        for alias in sorted(self._stopped):
-            self.resume(alias)
+        self._resume_all()
         for alias, pid in sorted(self._full.items()):
             self.free_disk(alias)
             if self.pid(alias) == pid:  # it may have stopped voting: it begins again
                 self.kill(alias)
+        for alias in self.aliases:
+            if self._node(alias).down:
+                self.start(alias)
         if not self._call(self.supervisor.ready(CONVERGE_S)):
             raise Unavailable("Not every node came back.", "`logs` of those that are missing.")
         if self._linked:
@@ -319,6 +361,9 @@ class TestCluster:
         for alias in sorted(self._skewed):
             self._tell(alias, m.SkewClock())
         self._skewed.clear()
+        for alias in self.aliases:
+            if self._node(alias).slowed != 1.0:
+                self.throttle(alias, 1.0)
         self.wait_converged()
 
     # -- the end ------------------------------------------------------------------------------
@@ -328,9 +373,7 @@ class TestCluster:
         if self._closed:
             return
         self._closed = True
-        for alias in list(self._stopped):  # links and clocks end with their nodes
-            self.resume(alias)
-        for alias in list(self._full):
+        for alias in list(self._full):  # all else ends with the nodes
             self.free_disk(alias)
         for client in self._clients:
             try:
@@ -378,7 +421,5 @@ def leftovers(supervisor: Supervisor) -> list[str]:
     found = [f"process {pid}" for pid in processes_of(str(supervisor.runtime_dir))]
     if supervisor.runtime_dir.exists():
         found.append(str(supervisor.runtime_dir))
-    found += [
-        spec.cgroup for spec in supervisor.specs if spec.cgroup and Path(spec.cgroup).exists()
-    ]
-    return found
+    assert supervisor.members is not None, "a cluster for tests may grow"
+    return found + [group for group in supervisor.members.above if Path(group).exists()]

@@ -21,6 +21,7 @@ from manifold.kernel.errors import ManifoldError, NoCluster, Refused, Unavailabl
 from manifold.kernel.process.remains import answers
 from manifold.shells.verbs.common import cluster_name, config_path, json_option, print_json
 from manifold.tools.emulator import cluster, owned, record
+from manifold.tools.emulator.members import node_spec
 from manifold.tools.emulator.supervisor import Supervisor
 from manifold.vm.version import VERSION
 
@@ -262,7 +263,7 @@ async def _agent(config: Config, alias: str, kind: Any) -> int:
         raise Refused(f"The cluster has a node {alias!r} already.", "Choose another --alias.")
     seeds = tuple(f"ipc://{str(path)[:-2]}" for path in sorted(runtime.glob("*.d")))
     zygote = str(runtime / f"zygote-{alias}")
-    spec = cluster.node_spec(config, alias, kind, runtime, seeds, os.environ, zygote)
+    spec = node_spec(config, alias, kind, runtime, seeds, os.environ, zygote)
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -225,6 +225,7 @@ def manifold_shared_cluster(request: pytest.FixtureRequest) -> Iterator[TestClus
     config.stash[_shared_key] = (folder, shared)
     asked = _asked(config, (_setting(config, "manifold_shared_nodes"),), {})
     cluster = _start(asked, run.environ(folder), folder)
+    cluster.shared = True
     shared.append(cluster)
     yield cluster
     cluster.close()

@@ -1,0 +1,71 @@
+"""What is asked of the supervisor of a cluster from another process, and how it answers.
+
+Interface rules: one request and one answer on a connection to the control socket (`control.py`);
+what was not done is answered by a `Failure`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from manifold.kernel.hyperbus.messages import Failure
+from manifold.kernel.limits import ALIAS_CHARS_MAX, CLASS_NAME_CHARS_MAX, NODES_MAX
+
+Alias = Annotated[str, Meta(min_length=1, max_length=ALIAS_CHARS_MAX)]
+Aliases = Annotated[tuple[Alias, ...], Meta(max_length=NODES_MAX)]
+
+
+class AddNodes(msgspec.Struct, frozen=True, array_like=True, tag="e.add"):
+    """`count` nodes of class `kind`; "" is the first of the configuration."""
+
+    kind: Annotated[str, Meta(max_length=CLASS_NAME_CHARS_MAX)] = ""
+    count: Annotated[int, Meta(ge=1, le=NODES_MAX)] = 1
+
+
+class RemoveNodes(msgspec.Struct, frozen=True, array_like=True, tag="e.remove"):
+    """They leave well. `force`: also where nobody can vote in their place."""
+
+    aliases: Annotated[Aliases, Meta(min_length=1)]
+    force: bool = False
+
+
+class KillNode(msgspec.Struct, frozen=True, array_like=True, tag="e.kill"):
+    """SIGKILL; it is started again unless it is to stay down."""
+
+    alias: Alias
+    stay_down: bool = False
+    force: bool = False
+
+
+class StartNode(msgspec.Struct, frozen=True, array_like=True, tag="e.start"):
+    alias: Alias
+
+
+class PauseNode(msgspec.Struct, frozen=True, array_like=True, tag="e.pause"):
+    alias: Alias
+    force: bool = False
+
+
+class ResumeNode(msgspec.Struct, frozen=True, array_like=True, tag="e.resume"):
+    alias: Alias
+
+
+class SlowNode(msgspec.Struct, frozen=True, array_like=True, tag="e.slow"):
+    """To a part of the compute share of its class."""
+
+    alias: Alias
+    to: Annotated[float, Meta(gt=0, le=1)]
+
+
+class Changed(msgspec.Struct, frozen=True, array_like=True, tag="e.changed"):
+    """It was done, to these; `nodes` are there now."""
+
+    aliases: Aliases
+    nodes: int
+
+
+Request = AddNodes | RemoveNodes | KillNode | StartNode | PauseNode | ResumeNode | SlowNode
+Answer = Changed | Failure
