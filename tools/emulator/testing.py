@@ -158,8 +158,11 @@ class TestCluster:
             raise Unavailable("The cluster has not agreed on its voters.", "`logs` say why.")
 
     def logs(self, node: Node) -> str:
-        """What the node and its workers have logged, and what they printed."""
-        folder = places.state_dir(self.name, self.alias(node), self.environ)
+        """What the node and its workers have logged, and what they printed; also of a node that
+        has left."""
+        folder = places.state_dir(self.name, str(node), self.environ)
+        if isinstance(node, int) or not folder.exists():
+            folder = places.state_dir(self.name, self.alias(node), self.environ)
         paths = [folder / name for name in LOG_FILES]
         return "\n".join(path.read_text(errors="replace") for path in paths if path.exists())
 
