@@ -12,7 +12,8 @@ import msgspec
 
 from manifold.kernel.nexus.configs import VOTERS_MAX
 from manifold.shells.verbs.common import Finite, json_option, print_json
-from manifold.tools.torture.run import Options, Report, torture
+from manifold.tools.torture.report import Report
+from manifold.tools.torture.run import Options, torture
 
 
 @click.group("torture")
