@@ -41,6 +41,7 @@ class ClusterReport(Report):
     jobs: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
     effects: int = 0  # of programs on globals
+    work: str = ""  # where all pieces of work are written down
     work_ms: float = (
         0.0  # from when every node was up until every client had had a job of each kind
     )
