@@ -12,6 +12,7 @@ additions by the client itself; `calls` are Python functions.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from random import Random
 from typing import Any, Literal, get_args
@@ -252,7 +253,9 @@ def expected(work: Work) -> Any:
             return int(steps.sum() if work.reduce == "sum" else steps.max())
         case "primes":
             found = [int(each) + work.lo for each in np.flatnonzero(_prime()[work.lo : work.hi])]
-            return {"sum": sum, "count": len, "min": min, "max": max}[work.reduce](found)
+            reductions: dict[str, Callable[[list[int]], int]]
+            reductions = {"sum": sum, "count": len, "min": min, "max": max}
+            return reductions[work.reduce](found)
         case "squares":
             return [index**2 for index in range(work.lo, work.hi)]
         case "floats":
