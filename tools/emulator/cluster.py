@@ -20,6 +20,14 @@ from manifold.kernel.process import remains, throttle
 from manifold.tools.emulator import record
 from manifold.tools.emulator.supervisor import Supervisor, refuse_taken
 
+CONVERGE_S = 30.0  # for nodes to see each other, on a host that is busy with other things
+CONVERGE_NODES = 40  # beyond which it takes longer: 128 took 40 s on two cores with other work
+
+
+def converge_s(nodes: int) -> float:
+    """How long so many nodes of this host may take to see each other."""
+    return CONVERGE_S * max(1.0, nodes / CONVERGE_NODES)
+
 
 def node_spec(
     config: Config,

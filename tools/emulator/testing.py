@@ -30,9 +30,9 @@ from manifold.kernel.errors import ManifoldError, NotFound, Unavailable
 from manifold.kernel.process import throttle
 from manifold.shells.sdk.client import Client
 from manifold.tools.emulator import cluster
+from manifold.tools.emulator.cluster import CONVERGE_S, converge_s
 from manifold.tools.emulator.supervisor import BACKOFF_S_MIN, Supervisor, Watched
 
-CONVERGE_S = 30.0
 COMMAND_S = 60.0  # a `manifold` command that a test waits for
 LOG_FILES = ("node.log", "console.log", "workers.log")
 T = TypeVar("T")
@@ -144,11 +144,15 @@ class TestCluster:
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
 
-    def wait_converged(self, timeout_s: float = CONVERGE_S) -> None:
-        """Until every node sees every node alive."""
-        if not self._call(self.supervisor.converged(timeout_s)):
+    def wait_converged(self, timeout_s: float = 0.0) -> None:
+        """Until every node sees every node alive; 0: for as long as so many nodes may take."""
+        if not self._call(self.supervisor.converged(timeout_s or self._patience_s)):
             seen = {alias: n.alive for alias, n in sorted(self.supervisor.nodes.items())}
             raise Unavailable(f"The cluster has not converged: alive as seen by each: {seen}.")
+
+    @property
+    def _patience_s(self) -> float:
+        return converge_s(len(self.supervisor.nodes))
 
     def logs(self, node: Node) -> str:
         """What the node and its workers have logged, and what they printed."""
@@ -169,7 +173,7 @@ class TestCluster:
         self._call(self.supervisor.gone(watched.spec.alias, pid))
         return pid
 
-    def restart(self, node: Node, timeout_s: float = CONVERGE_S) -> None:
+    def restart(self, node: Node, timeout_s: float = 0.0) -> None:
         """SIGKILL the node's process, and return when another has taken its place and everybody
         sees everybody."""
         self._node(node).backoff_s = BACKOFF_S_MIN  # it is not the node that keeps dying
