@@ -49,7 +49,7 @@ def test_a_plan_has_every_fault_of_a_cluster_and_ends_healed(seed: int) -> None:
     steps = plan(seed, 120, 7, 5)
     assert {step.what for step in steps} == {
         "kill", "pause", "resume", "cut", "mend", "replace", "heal", "workers", "owner", "zygote",
-        "slow",
+        "slow", "clock",
     }  # fmt: skip
     assert steps[-1].what == "heal"
     assert [step.at_ms for step in steps] == sorted(step.at_ms for step in steps)
@@ -60,6 +60,7 @@ def test_a_plan_has_every_fault_of_a_cluster_and_ends_healed(seed: int) -> None:
         assert all(one != other for one, other in links)
         assert all(0.0 <= each.loss < 1.0 and each.latency_ms > 0 for each in step.slow)
         assert all(0.0 <= pick < 1.0 for pick in step.picks)
+        assert 0.9 < step.rate < 1.1, "more than clocks are allowed to differ by"
 
 
 def test_every_fault_comes_before_any_comes_twice() -> None:
@@ -70,6 +71,12 @@ def test_every_fault_comes_before_any_comes_twice() -> None:
     dealer = Names(Random(5), 3, 3)
     dealt = [str(dealer._round()(0.0, 0.0)) for _ in range(12)]
     assert sorted(dealt[:6]) == sorted(dealt[6:]) == list("abcdef")
+
+
+def test_what_is_picked_is_always_among_those_that_there_are() -> None:
+    for seed in range(300):
+        for step in plan(seed, 120, 4, 3):
+            assert all(0.0 <= pick < 1.0 for pick in step.picks)
 
 
 @pytest.mark.parametrize(("nodes", "voters"), [(2, 1), (3, 3), (16, 5)])

@@ -17,7 +17,7 @@ from manifold.kernel.config import Config, NodeClass
 from manifold.kernel.errors import Unavailable
 from manifold.kernel.node import NodeSpec
 from manifold.kernel.process import remains, throttle
-from manifold.tools.emulator import record
+from manifold.tools.emulator import record, room
 from manifold.tools.emulator.supervisor import Supervisor, refuse_taken
 
 CONVERGE_S = 30.0  # for nodes to see each other, on a host that is busy with other things
@@ -74,6 +74,7 @@ async def up(
     Agents of this cluster that run on this host already are joined. `roots` are where cgroups may
     be made; with none, compute shares are kept by pacing.
     """
+    room.make(count)
     runtime = places.runtime_path(config.cluster, environ)
     lock = record.Lock(places.cluster_dir(config.cluster, environ))
     refuse_taken(lock, count, runtime)

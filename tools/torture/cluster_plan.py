@@ -3,7 +3,7 @@
 Interface: `plan(seed, seconds, nodes, voters)`, as in plan.py, with whose rounds it shares a deck;
 here they hit any node, not voters alone, last longer, and leave more time to work in between.
 Added: SIGKILL of workers, of the node that owns a job, of every node, of the zygote; links that
-flap, and links that are slow and lose messages.
+flap, and links that are slow and lose messages; clocks that jump and go at rates of their own.
 Invariants: those of plan.py (T1 T2 T3).
 """
 
@@ -15,6 +15,8 @@ from random import Random
 from manifold.tools.torture.plan import Dealer, Slow, Step, in_order
 
 LATENCY_MS = (2.0, 120.0)  # of a slow link, one way
+JUMP_MS_MAX = 4000.0  # of a clock: as far as SWIM waits, and twice as far as the scheduler
+RATES = (0.93, 1.07)  # of clocks: what depends on them allows for a tenth
 LOSS_MAX = 0.2  # of its messages
 FLAPS = (3, 7)  # times that a link goes and comes back
 WORKERS_MAX = 4
@@ -38,7 +40,8 @@ class _Dealer(Dealer):
             self._kill_one, self._kill_some, self._kill_workers, self._kill_owner,
             self._kill_owner_twice, self._kill_everybody, self._kill_zygote,
             self._pause, self._pause_long, self._one_way, self._lonely, self._halves, self._flap,
-            self._slow, self._slow_all, self._replace, self._replace_and_kill, self._everything,
+            self._slow, self._slow_all, self._clocks, self._replace, self._replace_and_kill,
+            self._everything,
         ]  # fmt: skip
 
     def _some(self, least: int, most: int) -> tuple[int, ...]:
@@ -46,6 +49,10 @@ class _Dealer(Dealer):
         most = max(1, min(most, len(self._nodes)))
         count = self._random.randint(min(least, most), most)
         return tuple(sorted(self._random.sample(self._nodes, count)))
+
+    def _pick(self) -> float:
+        """One of those that there will be, as a share below 1 of their number."""
+        return self._random.randrange(1000) / 1000
 
     # -- rounds -----------------------------------------------------------------------------------
 
@@ -59,11 +66,11 @@ class _Dealer(Dealer):
     def _kill_workers(self, at_ms: float, hold_ms: float) -> Iterator[Step]:
         for delay_ms in (0.0, hold_ms / 2):
             count = self._random.randint(1, WORKERS_MAX)
-            picks = tuple(round(self._random.random(), 3) for _ in range(count))
+            picks = tuple(self._pick() for _ in range(count))
             yield Step(at_ms + delay_ms, "workers", picks=picks)
 
     def _kill_owner(self, at_ms: float, hold_ms: float) -> Iterator[Step]:
-        yield Step(at_ms, "owner", picks=(round(self._random.random(), 3),))
+        yield Step(at_ms, "owner", picks=(self._pick(),))
 
     def _kill_owner_twice(self, at_ms: float, hold_ms: float) -> Iterator[Step]:
         """And who has taken its jobs over."""
@@ -96,6 +103,14 @@ class _Dealer(Dealer):
         chosen = sorted(self._random.sample(pairs, count))
         yield Step(at_ms, "slow", slow=tuple(self._bad(one, other) for one, other in chosen))
         yield Step(at_ms + hold_ms, "mend")
+
+    def _clocks(self, at_ms: float, hold_ms: float) -> Iterator[Step]:
+        """Some jump ahead; from then on each goes at its own rate, until it starts again."""
+        for node in self._some(1, len(self._nodes)):
+            jump_ms = self._span((0.0, JUMP_MS_MAX)) if self._random.random() < 0.5 else 0.0
+            rate = round(self._random.uniform(*RATES), 3)
+            yield Step(at_ms, "clock", (node,), jump_ms=jump_ms, rate=rate)
+            at_ms += self._random.uniform(0.0, hold_ms / 4)
 
     def _bad(self, one: int, other: int) -> Slow:
         latency_ms = self._span(LATENCY_MS)

@@ -152,6 +152,9 @@ class Nemesis:
                 self._kill_workers(step.picks)
             case "zygote":
                 self._kill_zygote()
+            case "clock":
+                for node in step.nodes:
+                    self._begin(self._skew(node, step.jump_ms, step.rate))
         self._look()
 
     def _signal(self, node: int, number: signal.Signals) -> bool:
@@ -180,6 +183,14 @@ class Nemesis:
         if node in self._paused:
             self._signal(node, signal.SIGCONT)
             self._paused.discard(node)
+
+    async def _skew(self, node: int, jump_ms: float, rate: float) -> None:
+        """Where it hears us. A process that starts has a clock as it should be."""
+        if node in self._paused:
+            return
+        with contextlib.suppress(ManifoldError):
+            await self._links.ask(node, m.SkewClock(jump_ms, rate), LINK_MS)
+            self.faults["skewed clocks"] += 1
 
     async def _kill_owner(self, pick: float) -> None:
         """Of one of the jobs that run, as some node that is up knows them."""

@@ -16,7 +16,7 @@ from typing import Literal
 
 What = Literal[
     "kill", "pause", "resume", "cut", "mend", "replace", "heal",
-    "workers", "owner", "zygote", "slow",
+    "workers", "owner", "zygote", "slow", "clock",
 ]  # fmt: skip
 Cut = tuple[int, int]  # messages from the first to the second are lost
 
@@ -46,6 +46,7 @@ class Step:
     """One thing that is done; `nodes` of `replace` are all who vote from then on.
 
     `picks`, each below 1, say which of those that there are then: worker processes, running jobs.
+    `jump_ms` and `rate` are what happens to the clocks of `nodes`.
     """
 
     at_ms: float
@@ -54,6 +55,8 @@ class Step:
     cuts: tuple[Cut, ...] = ()
     slow: tuple[Slow, ...] = ()
     picks: tuple[float, ...] = ()
+    jump_ms: float = 0.0
+    rate: float = 1.0
 
     def __str__(self) -> str:
         text = f"{self.at_ms / 1000:7.2f} s  {self.what}"
@@ -61,6 +64,8 @@ class Step:
             text += " " + _some(", ", [str(each) for each in self.slow])
         if self.what == "workers":
             text += f" {len(self.picks)}"
+        if self.what == "clock":
+            text += f" +{self.jump_ms:g} ms x{self.rate:g}"
         if self.nodes:
             text += " " + " ".join(f"n{node}" for node in self.nodes)
         if self.cuts:
