@@ -3,7 +3,8 @@ passes runs to them, and replaces those that die or misbehave.
 
 Interface rules: used from the loop's thread. `events` is told what workers did, by slot.
 Invariants: L1 a slot has at most one process; L2 a process that ignores an `Abort` for `grace_ms`,
-or says nothing for `SILENCE_S` while it computes, is killed: no program can hold a slot.
+or says nothing for `SILENCE_S` while it computes, is killed: no program can hold a slot. Time in
+which the host had no processor for it does not count, up to `STARVED_S_MAX`.
 """
 
 from __future__ import annotations
@@ -35,13 +36,18 @@ from manifold.kernel.process.messages import (
     ToNode,
     WorkerSpec,
 )
+from manifold.kernel.process.starving import Patience
 from manifold.vm.kid import Kid
 
 log = logging.getLogger("manifold.process")
 
 WORKER_ENTRY = "manifold.kernel.process.worker:main"
 SILENCE_S = 5.0  # a worker speaks every 0.1 s; on a host 50 times overcommitted it still makes this
+# 128 nodes on two cores that begin at once: each of their workers waits for 98 % of the time, and
+# the 0.3 s in which one compiles its first program take 20 s.
+STARVED_S_MAX = 60.0
 CHECK_S = 0.25
+LATE_S = 1.0  # a node that was starved itself first reads what its workers have said meanwhile
 PROGRAMS_SENT_MAX = 200  # remembered per worker; fewer than it keeps
 
 
@@ -68,6 +74,13 @@ class _Worker:
     child: Child[ToNode] = field(init=False)
     runs: dict[int, float] = field(default_factory=dict)  # not ended: when told to abort, or 0
     programs: OrderedDict[Kid, None] = field(default_factory=OrderedDict)
+    patience: Patience = field(default_factory=lambda: Patience(STARVED_S_MAX))
+
+    def silent_s(self, now_s: float) -> float:
+        """Since it was heard, less what excuses it; 0 before it was forked."""
+        if not self.child.pid:
+            return 0.0
+        return self.patience.spent(self.child.pid, self.child.heard_s, now_s)
 
 
 class Pool:
@@ -97,7 +110,7 @@ class Pool:
                 worker.programs.popitem(last=False)
         worker.child.post(compute)
         if self._check is None:
-            self._check = self._loop.call_later(CHECK_S, self._supervise)
+            self._check_soon()
 
     def limit(self, slot: int, run: int, last: int) -> None:
         worker = self._workers.get(slot)
@@ -167,18 +180,26 @@ class Pool:
         worker.child.close()
         self._lost(worker, reason, None)
 
+    def _check_soon(self) -> None:
+        self._check = self._loop.call_later(CHECK_S, self._supervise)
+
     def _supervise(self) -> None:
         """L2."""
+        assert self._check is not None, "it is why we are here"
         now_s = self._loop.time()
+        late = now_s - self._check.when() > LATE_S
         self._check = None
         for worker in list(self._workers.values()):
             if not worker.runs:
                 continue
-            self._check = self._check or self._loop.call_later(CHECK_S, self._supervise)
+            if self._check is None:
+                self._check_soon()
+            if late:
+                continue
             aborted_s = min((at for at in worker.runs.values() if at), default=now_s)
             if now_s - aborted_s > self._grace_s:
                 self._kill(worker, "it ignored being cancelled and was killed")
-            elif worker.child.pid and now_s - worker.child.heard_s > SILENCE_S:
+            elif worker.silent_s(now_s) > SILENCE_S:
                 self._kill(worker, f"it was silent for {SILENCE_S:g} s and was killed")
 
     def close(self) -> None:

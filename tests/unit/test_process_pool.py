@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from manifold.kernel.process import child
+from manifold.kernel.process import child, starving
 from manifold.kernel.process import pool as pool_module
 from manifold.kernel.process.messages import Compute, GlobalCall, GlobalDone, WorkerSpec
 from manifold.kernel.process.pool import Pool
@@ -245,6 +245,64 @@ def test_a_worker_that_is_stopped_is_killed_for_its_silence(
         assert await asyncio.to_thread(bench.zygote.processes[0].wait) == -signal.SIGKILL
 
     Bench(folder, "obedient").run(test)
+
+
+def test_a_worker_that_the_host_gives_no_processor_is_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "SILENCE_S", 0.8)
+    monkeypatch.setattr(starving, "QUIET_S", 0.0)
+    monkeypatch.setattr(starving, "queued_s", lambda pid: time.monotonic())  # it waits all the time
+
+    async def test(bench: Bench, pool: Pool) -> None:
+        pool.compute(0, compute(1))
+        await bench.until(lambda: pool.pids())
+        os.kill(pool.pids()[0], signal.SIGSTOP)
+        await asyncio.sleep(2.0)
+        assert bench.told.lost == []
+        monkeypatch.setattr(starving, "queued_s", lambda pid: 0.0)
+        await bench.until(lambda: bench.told.lost)
+        assert "silent" in bench.told.lost[0][1]
+
+    Bench(folder, "obedient").run(test)
+
+
+def test_no_worker_is_waited_for_without_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "SILENCE_S", 0.5)
+    monkeypatch.setattr(pool_module, "STARVED_S_MAX", 0.5)
+    monkeypatch.setattr(starving, "queued_s", lambda pid: time.monotonic())
+
+    async def test(bench: Bench, pool: Pool) -> None:
+        pool.compute(0, compute(1))
+        await bench.until(lambda: bench.told.lost)
+        assert "silent" in bench.told.lost[0][1]
+
+    Bench(folder, "deaf").run(test)
+
+
+def test_waiting_for_a_processor_is_told_from_waiting_for_anything_else() -> None:
+    """Two that compute on one core, and one that sleeps there."""
+    core = min(os.sched_getaffinity(0))
+    spin = f"import os; os.sched_setaffinity(0, [{core}])\nwhile True: pass"
+    sleep = f"import os, time; os.sched_setaffinity(0, [{core}]); print(flush=True); time.sleep(60)"
+    command = [sys.executable, "-c"]
+    with (
+        subprocess.Popen([*command, sleep], stdout=subprocess.PIPE) as asleep,
+        subprocess.Popen([*command, spin]) as one,
+        subprocess.Popen([*command, spin]) as other,
+    ):
+        try:
+            assert asleep.stdout is not None and asleep.stdout.readline()
+            begun_s = starving.queued_s(asleep.pid)
+            deadline_s = time.monotonic() + 30.0
+            while min(starving.queued_s(each.pid) for each in (one, other)) < 0.5:
+                assert time.monotonic() < deadline_s
+                time.sleep(0.05)
+            assert starving.queued_s(asleep.pid) - begun_s < 0.5
+        finally:
+            for each in (asleep, one, other):
+                each.kill()
+    assert starving.queued_s(one.pid) == 0.0, "it has ended"
 
 
 def test_an_idle_worker_may_be_silent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

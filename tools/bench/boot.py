@@ -85,12 +85,12 @@ def _mean_pss_mb(supervisor: Supervisor) -> float:
     return sum(sizes) / len(sizes) / 1e6
 
 
-def bare_forkserver() -> float:
+def bare_forkserver(nodes: int = NODES) -> float:
     """Seconds in which multiprocessing's forkserver starts as many processes, imports included."""
     with environment() as environ:
         script = Path(environ["MANIFOLD_STATE_HOME"]).parent / "bare.py"
         script.write_text(BARE)
-        command = [sys.executable, str(script), str(NODES), *PRELOAD]
+        command = [sys.executable, str(script), str(nodes), *PRELOAD]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout)
 

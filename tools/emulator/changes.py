@@ -18,6 +18,7 @@ from manifold.kernel.limits import NODES_MAX
 from manifold.kernel.messages import Drain, SetPace, SettleVoters, VotersSettled
 from manifold.kernel.process import throttle
 from manifold.tools.emulator import messages as m
+from manifold.tools.emulator import room
 from manifold.tools.emulator.supervisor import STOP_S, Supervisor, Watched
 from manifold.vm.kid import Kid
 
@@ -70,6 +71,7 @@ class Changes:
                     f"{count} more nodes are not possible: there are {len(supervisor.specs)}.",
                     f"A cluster has 1 to {NODES_MAX}.",
                 )
+            room.make(count)
             specs = self._members.more(kind, count, supervisor.seeds)
             await supervisor.admit(specs)
             aliases = [spec.alias for spec in specs]

@@ -15,10 +15,18 @@ from manifold.kernel import places
 from manifold.kernel.config import Config, NodeClass
 from manifold.kernel.errors import Unavailable
 from manifold.kernel.process import remains, throttle
-from manifold.tools.emulator import control, record
+from manifold.tools.emulator import control, record, room
 from manifold.tools.emulator.changes import Changes
 from manifold.tools.emulator.members import Members
 from manifold.tools.emulator.supervisor import Supervisor, refuse_taken
+
+CONVERGE_S = 30.0  # for nodes to see each other, on a host that is busy with other things
+CONVERGE_NODES = 40  # beyond which it takes longer: 128 took 40 s on two cores with other work
+
+
+def converge_s(nodes: int) -> float:
+    """How long so many nodes of this host may take to see each other."""
+    return CONVERGE_S * max(1.0, nodes / CONVERGE_NODES)
 
 
 def sharing_this_machine(config: Config, count: int) -> Config:
@@ -44,6 +52,7 @@ async def up(
     Agents of this cluster that run on this host already are joined. `roots` are where cgroups may
     be made; with none, compute shares are kept by pacing.
     """
+    room.make(count)
     runtime = places.runtime_path(config.cluster, environ)
     lock = record.Lock(places.cluster_dir(config.cluster, environ))
     refuse_taken(lock, count, runtime)

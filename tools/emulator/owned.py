@@ -113,6 +113,7 @@ def launch(
     folder: Path,
     environ: Mapping[str, str],
     fds: Sequence[int] = (),
+    patience_s: float = START_S,
 ) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
     """Start a supervisor and wait until its nodes see each other; it, and what it said.
 
@@ -142,7 +143,7 @@ def launch(
     finally:
         os.close(write_fd)
     try:
-        event = _report(process, read_fd, folder)
+        event = _report(process, read_fd, folder, patience_s)
     except BaseException:
         _end_process(process)
         raise
@@ -163,9 +164,11 @@ def _environment(environ: Mapping[str, str]) -> dict[str, str]:
     return kept | dict(environ)
 
 
-def _report(process: subprocess.Popen[bytes], read_fd: int, folder: Path) -> dict[str, Any]:
+def _report(
+    process: subprocess.Popen[bytes], read_fd: int, folder: Path, patience_s: float
+) -> dict[str, Any]:
     """The one line a supervisor says of itself; raises what went wrong."""
-    line = _line(process, read_fd)
+    line = _line(process, read_fd, patience_s)
     if not line:
         raise Unavailable(
             "The supervisor ended before its nodes were up.", f"Read {folder / 'supervisor.log'}."
@@ -177,17 +180,19 @@ def _report(process: subprocess.Popen[bytes], read_fd: int, folder: Path) -> dic
     return event
 
 
-def _line(process: subprocess.Popen[bytes], read_fd: int) -> bytes:
+def _line(process: subprocess.Popen[bytes], read_fd: int, patience_s: float) -> bytes:
     """Until the end of a line, of the pipe, or of the process: a child that another thread of the
     program forks at the wrong moment keeps the pipe open."""
     line = b""
-    deadline_s = time.monotonic() + START_S
+    deadline_s = time.monotonic() + patience_s
     pidfd = os.pidfd_open(process.pid)
     try:
         while not line.endswith(b"\n") and len(line) < LINE_BYTES_MAX:
             ready = _ready((read_fd, pidfd), deadline_s - time.monotonic())
             if not ready:
-                raise Unavailable(f"The supervisor said nothing for {START_S:g} s.", "Try again.")
+                raise Unavailable(
+                    f"The supervisor said nothing for {patience_s:g} s.", "Try again."
+                )
             if read_fd not in ready:
                 return b""
             more = os.read(read_fd, LINE_BYTES_MAX)

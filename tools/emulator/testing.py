@@ -31,9 +31,9 @@ from manifold.kernel.process import throttle
 from manifold.shells.sdk.client import Client
 from manifold.tools.emulator import cluster, orders
 from manifold.tools.emulator.changes import Changes
+from manifold.tools.emulator.cluster import CONVERGE_S, converge_s
 from manifold.tools.emulator.supervisor import BACKOFF_S_MIN, Supervisor, Watched
 
-CONVERGE_S = 30.0
 COMMAND_S = 60.0  # a `manifold` command that a test waits for
 LOG_FILES = ("node.log", "console.log", "workers.log")
 T = TypeVar("T")
@@ -148,14 +148,19 @@ class TestCluster:
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
 
-    def wait_converged(self, timeout_s: float = CONVERGE_S) -> None:
+    def wait_converged(self, timeout_s: float = 0.0) -> None:
         """Until every node sees every node alive, and voters are agreed: everything can be asked
-        for. `Unavailable` where it takes longer."""
+        for. `Unavailable` where it takes longer; 0: than so many nodes may take."""
+        timeout_s = timeout_s or self._patience_s
         if not self._call(self.supervisor.converged(timeout_s)):
             seen = {alias: n.alive for alias, n in sorted(self.supervisor.nodes.items())}
             raise Unavailable(f"The cluster has not converged: alive as seen by each: {seen}.")
         if not self._call(self.supervisor.agreed(timeout_s)):
             raise Unavailable("The cluster has not agreed on its voters.", "`logs` say why.")
+
+    @property
+    def _patience_s(self) -> float:
+        return converge_s(len(self.supervisor.nodes))
 
     def logs(self, node: Node) -> str:
         """What the node and its workers have logged, and what they printed; also of a node that
@@ -206,7 +211,7 @@ class TestCluster:
         self.note(f"start {alias}")
         self._call(self._changes.start(alias))
 
-    def restart(self, node: Node, timeout_s: float = CONVERGE_S) -> None:
+    def restart(self, node: Node, timeout_s: float = 0.0) -> None:
         """SIGKILL the node's process, where it has one, and return when another has taken its place
         and everybody sees everybody."""
         watched = self._node(node)

@@ -25,8 +25,6 @@ from manifold.tools.emulator.members import node_spec
 from manifold.tools.emulator.supervisor import Supervisor
 from manifold.vm.version import VERSION
 
-CONVERGE_S = 30.0
-
 
 def _config(context: click.Context, file: str, sets: tuple[str, ...]) -> Config:
     overrides = {}
@@ -155,8 +153,9 @@ async def _supervise(config: Config, count: int, report: _Report, while_fd: int 
     except ManifoldError as error:
         report.failed(error)
         raise
+    patience_s = cluster.converge_s(count)
     try:
-        waiting = asyncio.ensure_future(supervisor.converged(CONVERGE_S))
+        waiting = asyncio.ensure_future(supervisor.converged(patience_s))
         ending = asyncio.ensure_future(stopped.wait())
         await asyncio.wait({waiting, ending}, return_when=asyncio.FIRST_COMPLETED)
         if waiting.done() and waiting.result():
@@ -169,7 +168,7 @@ async def _supervise(config: Config, count: int, report: _Report, while_fd: int 
             report.event(**event)
             report.line(_converged_line(event))
         elif not ending.done():
-            message = f"{count} nodes did not see each other within {CONVERGE_S:g} s."
+            message = f"{count} nodes did not see each other within {patience_s:g} s."
             if len(supervisor.failing) == count:
                 message = f"None of {count} nodes comes up."
             next_step = "`manifold logs`, and the console.log of each node, say why."
@@ -198,7 +197,10 @@ def start_detached(name: str, count: int | None = None, flags: list[str] | None 
     """Start a supervisor of its own session and wait until its cluster has converged."""
     nodes = ["--nodes", str(count)] if count else []
     folder = places.cluster_dir(name, os.environ)
-    process, event = owned.launch(name, [*nodes, *(flags or [])], folder, os.environ)
+    patience_s = owned.START_S - cluster.CONVERGE_S + cluster.converge_s(count or 0)
+    process, event = owned.launch(
+        name, [*nodes, *(flags or [])], folder, os.environ, patience_s=patience_s
+    )
     process.returncode = 0  # it goes on without us: no warning that it still runs
     return event
 

@@ -25,7 +25,7 @@ from manifold.kernel.hyperbus.door import knock
 from manifold.kernel.hyperbus.driver import Bus
 from manifold.kernel.hyperbus.messages import CLIENT_PREFIX, VERSION, Hello
 from manifold.kernel.messages import DECODER, Bye
-from manifold.kernel.nexus.messages import Answer, Operate
+from manifold.kernel.nexus.messages import Answer, ClientChange, Operate
 from manifold.tools.torture.callers import PATIENCE_MS
 
 KNOCK_MS = 400.0  # a paused node does not open; whoever waits for it waits in a thread
@@ -93,6 +93,16 @@ class Links:
         self._threads.shutdown()
         self._bus.close()
         Path(self._address.removeprefix("ipc://") + ".c").unlink(missing_ok=True)
+
+
+async def operate(links: Links, node: int, key: str, change: ClientChange) -> Answer | None:
+    """One operation at that node, under a name of its own; None where it was not done."""
+    message = Operate(f"torture.{os.urandom(8).hex()}", key, change, PATIENCE_MS)
+    try:
+        answer = await ask(links, node, message)
+    except ManifoldError:
+        return None
+    return answer if answer.status == "ok" else None
 
 
 async def ask(links: Links, node: int, message: Operate) -> Answer:

@@ -6,17 +6,20 @@ up, which messages were cut, who may have been voting; `stalled_ms` reads from i
 clients saw how long nothing succeeded although a majority lived.
 Invariants: M1 what it signals is named by a pidfd. M2 rules of links are kept at both ends, and
 told anew to a node that started again: it has forgotten them. M3 it never waits for a node that it
-has paused.
+has paused. M4 every process that it ends is in `killed`; with a zygote all its nodes are.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import psutil
 
 from manifold.kernel import messages as m
 from manifold.kernel.errors import ManifoldError
@@ -24,12 +27,13 @@ from manifold.kernel.nexus.messages import Answer, SetVoters
 from manifold.tools.emulator.supervisor import BACKOFF_S_MIN, Supervisor, Watched
 from manifold.tools.torture.history import Seen
 from manifold.tools.torture.links import Links
-from manifold.tools.torture.plan import Cut, Step
+from manifold.tools.torture.plan import Cut, Slow, Step
 
 LOOK_S = 0.02
 LINK_MS = 1000.0  # for a node to take a rule of a link
 VOTERS_MS = 8000.0
 UP_S = 20.0  # after healing, until every node is there
+ZYGOTE = "manifold.kernel.process.zygote"
 
 Voters = frozenset[int]
 
@@ -67,11 +71,13 @@ class Nemesis:
         self._paused: set[int] = set()
         self._cuts: frozenset[Cut] = frozenset()
         self._voters: tuple[Voters, ...] = (frozenset(range(voters)),)
+        self._slow: dict[Cut, Slow] = {}
         # By node and peer: the boot that was told, and the rule; None: perhaps it was.
-        self._told: dict[tuple[int, int], tuple[int, tuple[bool, bool] | None]] = {}
+        self._told: dict[tuple[int, int], tuple[int, m.SetLink | None]] = {}
         self._telling = 0
         self._boots: dict[int, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._zygotes_ms: list[float] = []  # when one was killed
         self.killed: set[int] = set()  # pids
         self.faults: Counter[str] = Counter()
         self.states: list[State] = []
@@ -133,10 +139,22 @@ class Nemesis:
                     self._resume(node)
             case "cut":
                 self._cuts |= frozenset(step.cuts)
+            case "slow":
+                self._slow |= {(each.one, each.other): each for each in step.slow}
             case "mend":
                 self._cuts = frozenset()
+                self._slow.clear()
             case "replace":
                 self._begin(self._replace(step.nodes))
+            case "owner":
+                self._begin(self._kill_owner(step.picks[0]))
+            case "workers":
+                self._kill_workers(step.picks)
+            case "zygote":
+                self._kill_zygote()
+            case "clock":
+                for node in step.nodes:
+                    self._begin(self._skew(node, step.jump_ms, step.rate))
         self._look()
 
     def _signal(self, node: int, number: signal.Signals) -> bool:
@@ -166,6 +184,85 @@ class Nemesis:
             self._signal(node, signal.SIGCONT)
             self._paused.discard(node)
 
+    async def _skew(self, node: int, jump_ms: float, rate: float) -> None:
+        """Where it hears us. A process that starts has a clock as it should be."""
+        if node in self._paused:
+            return
+        with contextlib.suppress(ManifoldError):
+            await self._links.ask(node, m.SkewClock(jump_ms, rate), LINK_MS)
+            self.faults["skewed clocks"] += 1
+
+    async def _kill_owner(self, pick: float) -> None:
+        """Of one of the jobs that run, as some node that is up knows them."""
+        for node in sorted(self.states[-1].up):
+            try:
+                answer = await self._links.ask(node, m.AllJobs(), LINK_MS)
+            except ManifoldError:
+                continue
+            owners = [job.owner for job in answer.jobs if job.state == "running"]
+            if owners:
+                self._kill_kid(owners[int(pick * len(owners))])
+            return
+
+    def _kill_kid(self, kid: str) -> None:
+        for node in range(len(self._aliases)):
+            ready = self._node(node).ready
+            if ready is not None and ready.kid == kid:
+                self.faults["killed owners"] += 1
+                self._kill(node)
+
+    def _kill_workers(self, picks: Sequence[float]) -> None:
+        """Of those that there are; a node that is being forked looks like one, and may be hit."""
+        for pick in picks:
+            nodes = {each.pid for each in self._supervisor.nodes.values()}
+            workers = [pid for pid in self._forked() if pid not in nodes]
+            if workers and self._signal_pid(workers[int(pick * len(workers))]):
+                self.faults["killed workers"] += 1
+
+    def _kill_zygote(self) -> None:
+        """Every process of the cluster on this host ends with it."""
+        zygote = self._zygote()
+        if zygote is None or not self._signal_pid(zygote.pid):
+            return
+        self._zygotes_ms.append(self._now_ms())
+        for node in range(len(self._aliases)):
+            watched = self._node(node)
+            watched.backoff_s = BACKOFF_S_MIN
+            self.killed.add(watched.pid)  # M4
+        self._paused.clear()
+
+    def _zygote(self) -> psutil.Process | None:
+        """The parent of the nodes."""
+        for watched in self._supervisor.nodes.values():
+            if watched.pidfd >= 0:
+                with contextlib.suppress(psutil.Error):
+                    parent = psutil.Process(watched.pid).parent()
+                    if parent is not None and ZYGOTE in parent.cmdline():
+                        return parent
+        return None
+
+    def _forked(self) -> list[int]:
+        zygote = self._zygote()
+        with contextlib.suppress(psutil.Error):
+            return sorted(each.pid for each in zygote.children()) if zygote is not None else []
+        return []
+
+    def _signal_pid(self, pid: int) -> bool:
+        """M1, M4: SIGKILL to a process that we have just seen."""
+        with contextlib.suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(pid)
+            try:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            finally:
+                os.close(pidfd)
+            self.killed.add(pid)
+            return True
+        return False
+
+    def forking(self, at_ms: float, within_ms: float) -> bool:
+        """Whether that was just after a zygote was killed."""
+        return any(0.0 <= at_ms - killed_ms <= within_ms for killed_ms in self._zygotes_ms)
+
     def _begin(self, coroutine: object) -> None:
         assert asyncio.iscoroutine(coroutine)
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine)
@@ -179,17 +276,25 @@ class Nemesis:
 
     # -- links ------------------------------------------------------------------------------------
 
-    def _rules_missing(self, node: int) -> list[tuple[int, bool, bool]]:
+    def _rule(self, node: int, peer: int) -> m.SetLink:
+        """That node's side of the link to its peer."""
+        slow = self._slow.get((node, peer), Slow(node, peer, 0.0))
+        return m.SetLink(
+            self._aliases[peer], slow.loss, slow.latency_ms,
+            cut_to=(node, peer) in self._cuts, cut_from=(peer, node) in self._cuts,
+        )  # fmt: skip
+
+    def _rules_missing(self, node: int) -> list[tuple[int, m.SetLink]]:
         """M2: rules of that node which its present process was not told. Nothing is taken for
         granted: what was sent to the process before it may have reached this one."""
         ready = self._node(node).ready
         assert ready is not None, "it is up"
         missing = []
         for peer in range(len(self._aliases)):
-            rule = ((node, peer) in self._cuts, (peer, node) in self._cuts)
+            rule = self._rule(node, peer)
             boot, told = self._told.get((node, peer), (0, None))
             if peer != node and rule != (told if boot == ready.boot else None):
-                missing.append((peer, *rule))
+                missing.append((peer, rule))
         return missing
 
     async def _tell_rules(self, node: int) -> None:
@@ -197,13 +302,11 @@ class Nemesis:
         if ready is None or node in self._paused:
             return
         rules = self._rules_missing(node)
-        for peer, *rule in rules:
-            self._told[node, peer] = (ready.boot, (rule[0], rule[1]))
-        whole = not any(node in cut for cut in self._cuts)
-        orders: list[m.SetLink | m.ClearLinks] = [
-            m.SetLink(self._aliases[peer], cut_to=cut_to, cut_from=cut_from)
-            for peer, cut_to, cut_from in rules
-        ]
+        for peer, rule in rules:
+            self._told[node, peer] = (ready.boot, rule)
+        peers = (peer for peer in range(len(self._aliases)) if peer != node)
+        whole = all(self._rule(node, peer) == m.SetLink(self._aliases[peer]) for peer in peers)
+        orders: list[m.SetLink | m.ClearLinks] = [rule for _, rule in rules]
         orders = [m.ClearLinks()] if whole else orders
         asked = [self._links.ask(node, order, LINK_MS) for order in orders]
         self._telling += 1
@@ -213,7 +316,7 @@ class Nemesis:
         for error in failed:
             if not isinstance(error, ManifoldError):  # else it was killed, or paused, or is slow
                 raise error
-        for peer, _, _ in rules if failed else ():
+        for peer, _ in rules if failed else ():
             self._told[node, peer] = (ready.boot, None)
 
     # -- voters -----------------------------------------------------------------------------------
@@ -253,6 +356,7 @@ class Nemesis:
         for node in sorted(self._paused):
             self._resume(node)
         self._cuts = frozenset()
+        self._slow.clear()
         async with asyncio.timeout(UP_S):
             while not self._well():
                 self._look()

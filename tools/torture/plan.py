@@ -9,14 +9,18 @@ nothing but a replacement of voters is begun in the last HEAL_MS before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-What = Literal["kill", "pause", "resume", "cut", "mend", "replace", "heal"]
+What = Literal[
+    "kill", "pause", "resume", "cut", "mend", "replace", "heal",
+    "workers", "owner", "zygote", "slow", "clock",
+]  # fmt: skip
 Cut = tuple[int, int]  # messages from the first to the second are lost
 
+SHOWN_MAX = 12  # links in the line of a step
 START_MS = 800.0  # of calm, so that there is something to lose
 HEAL_MS = 500.0
 HOLD_MS = (300.0, 1500.0)  # how long a fault lasts
@@ -24,47 +28,94 @@ REST_MS = (150.0, 1000.0)  # and how long it is calm afterwards
 
 
 @dataclass(frozen=True, slots=True)
+class Slow:
+    """What a link is like in one direction: each message comes late, or not at all."""
+
+    one: int
+    other: int
+    latency_ms: float
+    jitter_ms: float = 0.0
+    loss: float = 0.0
+
+    def __str__(self) -> str:
+        return f"n{self.one}->n{self.other} {self.latency_ms:g} ms {self.loss:.0%}"
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
-    """One thing that is done; `nodes` of `replace` are all who vote from then on."""
+    """One thing that is done; `nodes` of `replace` are all who vote from then on.
+
+    `picks`, each below 1, say which of those that there are then: worker processes, running jobs.
+    `jump_ms` and `rate` are what happens to the clocks of `nodes`.
+    """
 
     at_ms: float
     what: What
     nodes: tuple[int, ...] = ()
     cuts: tuple[Cut, ...] = ()
+    slow: tuple[Slow, ...] = ()
+    picks: tuple[float, ...] = ()
+    jump_ms: float = 0.0
+    rate: float = 1.0
 
     def __str__(self) -> str:
         text = f"{self.at_ms / 1000:7.2f} s  {self.what}"
+        if self.slow:
+            text += " " + _some(", ", [str(each) for each in self.slow])
+        if self.what == "workers":
+            text += f" {len(self.picks)}"
+        if self.what == "clock":
+            text += f" +{self.jump_ms:g} ms x{self.rate:g}"
         if self.nodes:
             text += " " + " ".join(f"n{node}" for node in self.nodes)
         if self.cuts:
-            text += " " + " ".join(f"n{one}->n{other}" for one, other in self.cuts)
+            text += " " + _some(" ", [f"n{one}->n{other}" for one, other in self.cuts])
         return text
+
+
+def _some(between: str, links: Sequence[str]) -> str:
+    more = len(links) - SHOWN_MAX
+    return between.join(links[:SHOWN_MAX]) + (f"{between}and {more} more" if more > 0 else "")
 
 
 def plan(seed: int, seconds: float, nodes: int, voters: int) -> tuple[Step, ...]:
     """See the module."""
     assert 1 <= voters <= nodes, "voters are nodes"
-    return tuple(sorted(_Plan(seed, nodes, voters).steps(seconds * 1000), key=_order))
+    dealer = Dealer(Random(f"torture {seed} {nodes} {voters}"), nodes, voters)
+    return in_order(dealer.steps(seconds * 1000))
+
+
+def in_order(steps: Iterable[Step]) -> tuple[Step, ...]:
+    """T3: what would come after the end, such as to resume who is resumed by healing, does not."""
+    ordered = sorted(steps, key=_order)
+    ends = next(number for number, step in enumerate(ordered) if step.what == "heal")
+    return tuple(ordered[: ends + 1])
 
 
 def _order(step: Step) -> float:
     return step.at_ms
 
 
-class _Plan:
-    def __init__(self, seed: int, nodes: int, voters: int) -> None:
-        self._random = Random(f"torture {seed} {nodes} {voters}")
+class Dealer:
+    """Deals rounds of faults to voters and their links; others deal more (cluster_plan.py)."""
+
+    start_ms = START_MS
+    hold_ms = HOLD_MS
+    rest_ms = REST_MS
+
+    def __init__(self, random: Random, nodes: int, voters: int) -> None:
+        self._random = random
         self._nodes = tuple(range(nodes))
         self._voters = tuple(range(voters))  # as it is intended
         self._most = voters
         self._deck: list[Callable[[float, float], Iterator[Step]]] = []
 
     def steps(self, duration_ms: float) -> Iterator[Step]:
-        at_ms = START_MS
+        at_ms = self.start_ms
         while at_ms < duration_ms - HEAL_MS:
-            hold_ms = min(self._span(HOLD_MS), duration_ms - at_ms)
+            hold_ms = min(self._span(self.hold_ms), duration_ms - at_ms)
             yield from self._round()(at_ms, hold_ms)
-            at_ms += hold_ms + self._span(REST_MS)
+            at_ms += hold_ms + self._span(self.rest_ms)
         yield Step(duration_ms, "heal")
 
     def _span(self, range_ms: tuple[float, float]) -> float:
@@ -72,15 +123,19 @@ class _Plan:
 
     def _round(self) -> Callable[[float, float], Iterator[Step]]:
         """T2."""
-        alone = len(self._nodes) == 1
         if not self._deck:
-            self._deck = [self._kill_one, self._kill_all, self._pause] if alone else [
-                self._kill_one, self._kill_some, self._kill_all, self._pause, self._pause_long,
-                self._one_way, self._lonely, self._halves, self._replace, self._replace_and_kill,
-                self._everything,
-            ]  # fmt: skip
+            self._deck = self._new_deck()
             self._random.shuffle(self._deck)
         return self._deck.pop()
+
+    def _new_deck(self) -> list[Callable[[float, float], Iterator[Step]]]:
+        if len(self._nodes) == 1:
+            return [self._kill_one, self._kill_all, self._pause]
+        return [
+            self._kill_one, self._kill_some, self._kill_all, self._pause, self._pause_long,
+            self._one_way, self._lonely, self._halves, self._replace, self._replace_and_kill,
+            self._everything,
+        ]  # fmt: skip
 
     def _some(self, least: int, most: int) -> tuple[int, ...]:
         """So many voters."""
