@@ -183,6 +183,7 @@ class Owner(Planner):
 
     def resume(self, job: Job, now_ms: float) -> list[Effect]:
         """Go on with a job of which some blocks may be counted already."""
+        job.held = False
         told = self.queue.begins(job, now_ms)
         return [*told, *self._resume(job, now_ms)] if told else self._resume(job, now_ms)
 

@@ -312,6 +312,7 @@ class Takeover(ABC):
         guard.fresh = records.runs_of(claim.tail)  # K2: they are in no chunk yet
         guard.origins = claim.origins
         guard.begun = not job.spec.effects and not self._holds(job.job)
+        job.held = not guard.begun
         effects = self._owner.adopt(job, waiting is None, now_ms)
         return effects + self._step(guard, now_ms)
 
