@@ -61,7 +61,8 @@ class Core:
     """See the module.
 
     `durable`: the records of Nexus that were persisted before, by name. `rejoin`: how far this node
-    is with joining the voters anew, "" where it has not lost its disk.
+    is with joining the voters anew, "" where it has not lost its disk. `outbox`: the records of the
+    scheduler's outbox, by name.
     """
 
     def __init__(
@@ -75,8 +76,10 @@ class Core:
         known: Sequence[membership_messages.Update] = (),
         durable: Mapping[str, bytes] = _NOTHING,
         rejoin: Step = "",
+        outbox: Mapping[str, bytes] = _NOTHING,
     ) -> None:
         self.me = me
+        self._outbox = outbox
         self.membership = Membership(
             me, config.membership, random, incarnation=incarnation, seeds=seeds, known=known
         )
@@ -85,6 +88,7 @@ class Core:
             me.kid, config.scheduler, self.geode, me.cores, me.boot, me.memory_bytes
         )
         self.nexus = Nexus(me.kid, me.boot, durable, Random(random.getrandbits(64)))
+        self.scheduler.owner.queue.reach.seen = self._sees_voters
         self._boots: dict[Kid, int] = {}
         self._asked: dict[int, tuple[str, Ask]] = {}  # what subsystems wait for, by handle
         self._handle = 0
@@ -128,8 +132,18 @@ class Core:
             ("membership", self.membership.start(now_ms)),
             ("nexus", self.nexus.start(now_ms)),
             ("registry", self.registry.start(now_ms)),
+            ("scheduler", self.scheduler.start(self._outbox, now_ms)),
         ]
+        self._outbox = _NOTHING
         return self._deliver(begun, now_ms)
+
+    def _sees_voters(self) -> bool:
+        """Whether a majority of the voters is alive, as far as membership knows; or there are none
+        that anybody knows of."""
+        config = self.nexus.config
+        if config is None:
+            return True
+        return config.quorum([kid for kid in config.kids() if self.geode.node(kid) is not None])
 
     def receive(self, source: Kid, message: Any, now_ms: float) -> list[Effect]:
         name, effects = self._route(source, message, now_ms)

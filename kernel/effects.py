@@ -13,6 +13,7 @@ float, from a clock of the driver's that never goes back. Pattern: h11's and etc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any, Protocol
 
@@ -71,6 +72,19 @@ class Held(msgspec.Struct, frozen=True, gc=False):
 
 
 Effect = Send | Persist | SetTimer | Reply | Notify | Held
+
+
+def after_writes(effects: Sequence[Effect], event: Any) -> list[Effect]:
+    """`effects`, and `event` noted when all the writes among them are durable: they end in order.
+
+    At once, where there are none.
+    """
+    for at in range(len(effects) - 1, -1, -1):
+        effect = effects[at]
+        if isinstance(effect, Held):
+            held = Held(effect.persist, (*effect.then, Notify(event)))
+            return [*effects[:at], held, *effects[at + 1 :]]
+    return [*effects, Notify(event)]
 
 
 class Machine(Protocol):

@@ -25,7 +25,16 @@ from manifold.kernel import durable, identity, places, traces
 from manifold.kernel.clock import Clock
 from manifold.kernel.consulting import Consulting
 from manifold.kernel.core import NEXUS_REQUESTS, REQUESTS, Core
-from manifold.kernel.effects import Effect, Held, Notify, Persist, Reply, Send, SetTimer
+from manifold.kernel.effects import (
+    Effect,
+    Held,
+    Notify,
+    Persist,
+    Reply,
+    Send,
+    SetTimer,
+    after_writes,
+)
 from manifold.kernel.errors import ManifoldError, Refused, Unavailable
 from manifold.kernel.hyperbus.driver import Bus, Incoming
 from manifold.kernel.hyperbus.faults import to_failure
@@ -61,6 +70,7 @@ from manifold.kernel.nodespec import NodeSpec
 from manifold.kernel.observe.families import Tally
 from manifold.kernel.observe.observatory import Observatory
 from manifold.kernel.observe.spans import Spans
+from manifold.kernel.persisting import Acknowledged, Persisting, load_outbox
 from manifold.kernel.process.channel import Channel, Closed
 from manifold.kernel.process.messages import (
     Calls,
@@ -115,12 +125,11 @@ class Node:
         self._due_ms = 0.0  # when it is to wake us
         self._clients_checked: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._disk = asyncio.Lock()
-        self._durable: dict[str, bytes] = {}  # what this process has made durable
         self._alive = 0
         self._job_events: list[JobEvent] = []
         self._held: dict[str, tuple[Incoming, JobStatus, asyncio.TimerHandle]] = {}
         folder = Path(spec.state_dir)
+        self.persisting = Persisting(self, folder)
         self.identity = identity.load_identity(folder)
         self.boot = identity.next_boot(folder)
         incarnation = saved_incarnation(durable.read_record(folder / "incarnation"))
@@ -134,7 +143,7 @@ class Node:
         self.core = Core(
             self._me(), spec.config, Random(SystemRandom().getrandbits(64)),
             incarnation=incarnation, seeds=spec.seeds, durable=dict(records),
-            rejoin=disk.load_step(folder / disk.FOLDER),
+            rejoin=disk.load_step(folder / disk.FOLDER), outbox=load_outbox(folder),
         )  # fmt: skip
         self.bus = Bus(
             self.identity.kid, self.boot, spec.config.cluster, DECODER, self._arrived,
@@ -284,9 +293,13 @@ class Node:
                 self.bus.reply(incoming, to_failure(error))
             return
         body = incoming.body
-        if isinstance(body, SubmitJob) and body.watch and isinstance(answer, JobStatus):
+        watches = isinstance(body, SubmitJob) and body.watch
+        if watches and isinstance(answer, JobStatus) and answer.state != "queued":
             self._hold(incoming, answer)
             self.perform(effects)
+            return
+        if any(type(effect) is Held for effect in effects):  # what is acknowledged is on the disk
+            self.perform(after_writes(effects, Acknowledged(incoming, answer)))
             return
         self.perform(effects)
         self.bus.reply(incoming, answer)
@@ -355,21 +368,6 @@ class Node:
         if self.leaving.draining:
             self.loop.call_soon(self.leaving.look)
 
-    async def _persist(self, held: Held) -> None:
-        """A record of membership: a file of its own, replaced whole."""
-        name, record = held.persist.name, held.persist.record
-        path = Path(self.spec.state_dir) / name
-        try:
-            async with self._disk:  # records reach the disk in the order they were asked for
-                if self._durable.get(name) != record:
-                    await asyncio.to_thread(durable.write_record, path, record)
-                    self._durable[name] = record
-        except ManifoldError as error:
-            log.critical("%s", error)
-            self.end(74, "a record could not be made durable")
-            return
-        self.perform(held.then)
-
     def _voter_stopped(self, error: ManifoldError) -> None:
         """The node goes on without a vote; what its disk holds is read again when it restarts."""
         log.critical("nexus: this voter stops: %s", error)
@@ -385,7 +383,7 @@ class Node:
                 if name.startswith(disk.PREFIX):
                     self.commits.write(effect)
                 else:
-                    self.run(self._persist(effect))
+                    self.run(self.persisting.write(effect))
             case Reply():
                 self.consulting.answered(effect)
             case Persist():
@@ -413,6 +411,8 @@ class Node:
 
     def _notified(self, event: Any) -> None:
         match event:
+            case Acknowledged(incoming=incoming, answer=answer):
+                self.bus.reply(incoming, answer)
             case StartRun():
                 self._start_run(event)
             case LimitRun(worker=slot, run=run, last=last):

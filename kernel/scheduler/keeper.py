@@ -33,7 +33,8 @@ from manifold.kernel.nexus.messages import (
 from manifold.kernel.process.messages import Fault
 from manifold.kernel.scheduler import outcome, records
 from manifold.kernel.scheduler.ledger import Job
-from manifold.kernel.scheduler.messages import SETTLED_MAX
+from manifold.kernel.scheduler.messages import ORIGINS_MAX, SETTLED_MAX
+from manifold.kernel.scheduler.outbox import ENTRIES_MAX
 from manifold.kernel.scheduler.records import JobRecord, Run
 from manifold.kernel.scheduler.takeover import (
     RETAINED_MAX,
@@ -44,6 +45,7 @@ from manifold.kernel.scheduler.takeover import (
     owned_of,
     record_of,
 )
+from manifold.vm.kid import Kid
 
 if TYPE_CHECKING:
     from manifold.kernel.scheduler.owner import Owner
@@ -52,7 +54,8 @@ KEEP_AFTER_MS = 300.0  # a job that ran for so long is worth a few syncs
 KEEP_MS = 500.0
 AGAIN_MS = 3000.0  # so long a job that was submitted again waits for voters; then it is begun
 VOTERS_MS = 30_000.0  # and a job with effects, before it fails
-GUARDS_MAX = records.OWNED_MAX - RETAINED_MAX  # together they fit our list
+# Together they fit our list, with what comes from a full outbox.
+GUARDS_MAX = records.OWNED_MAX - RETAINED_MAX - ENTRIES_MAX
 
 
 class Keeper(Takeover):
@@ -71,12 +74,13 @@ class Keeper(Takeover):
 
         def read(answer: Answer, now_ms: float) -> list[Effect]:
             if answer.status != "ok":
-                return self._retry(now_ms, lambda: self.nexus_known(now_ms))
+                again = self._retry(now_ms, lambda: self.nexus_known(now_ms))
+                return [*again, *self._shelter(answer, now_ms)]
             self._known = True
             left = owned_of(answer)
             self._listed = dict.fromkeys(left)
             self._wanted = self._listed | self._wanted
-            effects = [effect for job in left for effect in self._look(job)]
+            effects = [effect for job in left for effect in self.look(job)]
             return effects + self._inherit_all() + self.tick(now_ms)
 
         return [self._ask(records.owned_key(self._owner.me), Get(), read)]
@@ -112,10 +116,11 @@ class Keeper(Takeover):
 
     def begin(self, job: Job, again: bool, now_ms: float) -> list[Effect]:
         """A job was submitted: begin it, now or when it is recorded."""
-        if job.spec.effects and len(self.guards) >= GUARDS_MAX:
+        held = self._holds(job.job)
+        if job.spec.effects and not held and len(self.guards) >= GUARDS_MAX:
             job.fault = Fault("busy", "This node keeps too many jobs already.", "Come again.")
             return self._owner.end(job, "failed", now_ms)
-        if job.spec.effects:
+        if job.spec.effects or held:
             guard = self._guard(job, now_ms)
             if not guard.head:
                 return self._too_large(guard, now_ms)
@@ -129,7 +134,8 @@ class Keeper(Takeover):
         guard = self.guards[job.job] = Guard(job, now_ms)
         guard.admit = list(job.spec.effects)
         guard.head = records.head_pieces(job)
-        guard.begun = not job.spec.effects
+        guard.origins = job.origins
+        guard.begun = not job.spec.effects and not self._holds(job.job)
         guard.fresh = records.merge_runs(
             [(at, at + 1) for at, result in enumerate(job.results) if result is not None], ()
         )
@@ -216,7 +222,8 @@ class Keeper(Takeover):
         """K4: the next thing to do for it, if it is time."""
         if self.guards.get(guard.job.job) is not guard:
             return []
-        if not guard.begun and not guard.over and now_ms - guard.since_ms > VOTERS_MS:
+        late = not guard.begun and not guard.over and now_ms - guard.since_ms > VOTERS_MS
+        if late and not self._holds(guard.job.job):
             return self._without_voters(guard, now_ms)
         if guard.busy:
             return []
@@ -229,6 +236,8 @@ class Keeper(Takeover):
             return self._list(now_ms)
         if guard.head:
             return self._write_head(guard)
+        if guard.claimed and self._holds(guard.job.job):
+            return self._owner.queue.leave(guard.job.job)  # Q1; `left` goes on
         if self._stale(guard):
             return self._write_results(guard, now_ms)
         if guard.over:
@@ -241,6 +250,25 @@ class Keeper(Takeover):
         if guard.completing and guard.job.state == "running":
             return self._owner.end(guard.job, "done", now_ms)
         return []
+
+    def left(self, job: Job, now_ms: float) -> list[Effect]:
+        """It is in our outbox no more."""
+        guard = self.guards.get(job.job)
+        if guard is None:
+            return self._clear(job.job)
+        guard.since_ms = now_ms  # so long it waited for voters on the disk
+        return self._step(guard, now_ms)
+
+    def _shelter(self, answer: Answer, now_ms: float) -> list[Effect]:
+        """No majority answers: the disk is to have what cannot be recorded."""
+        if answer.status != "unavailable" or not answer.missing:
+            return []
+        return [
+            effect
+            for guard in self.guards.values()
+            if not guard.claimed and not guard.over
+            for effect in self._owner.queue.shelter(guard.job, guard.begun, now_ms)
+        ]
 
     def _unmade(self, guard: Guard) -> list[Effect]:
         """It ended before it had a record: nobody has heard of it."""
@@ -270,7 +298,7 @@ class Keeper(Takeover):
             guard.busy = False
             if self.guards.get(guard.job.job) is not guard:
                 return []
-            return then(answer, now_ms)
+            return [*self._shelter(answer, now_ms), *then(answer, now_ms)]
 
         return [self._ask(key, change, answered)]
 
@@ -338,9 +366,10 @@ class Keeper(Takeover):
             results = done if small and len(records.encode(done)) < records.CHUNK_BYTES else None
         saving, over = records.merge_runs(guard.chunked, spans), guard.over
         record = JobRecord(
-            job.job, owner.me, self._boot, guard.generation, guard.seq, job.state, job.detach,
+            job.job, owner.me, self._boot, guard.generation, guard.seq,
+            "running" if job.state == "queued" else job.state, job.detach,
             job.client, max(0.0, (job.ended_ms or now_ms) - job.started_ms), guard.chunks,
-            job.retries, job.fault, results, tail,
+            job.retries, job.fault, results, tail, self._origins(guard),
         )  # fmt: skip
 
         def written(answer: Answer, now_ms: float) -> list[Effect]:
@@ -351,6 +380,12 @@ class Keeper(Takeover):
 
         change = CasVersion(guard.version, records.encode(record))
         return self._do(guard, records.job_key(job.job), change, written)
+
+    def _origins(self, guard: Guard) -> tuple[Kid, ...]:
+        """Q4."""
+        me, name = self._owner.me, guard.job.job
+        others = [kid for kid in guard.origins if kid != me]
+        return tuple([me, *others][:ORIGINS_MAX] if self._holds(name) else others)
 
     def _recorded(
         self, guard: Guard, version: int, saving: list[Run], over: bool, now_ms: float
@@ -387,7 +422,8 @@ class Keeper(Takeover):
                 return self._recorded(guard, answer.version, saving, over, now_ms)
             mine = (found.owner, found.boot, found.generation)
             if mine == (record.owner, record.boot, record.generation):
-                guard.version = answer.version  # an earlier write of ours
+                guard.version = answer.version  # an earlier write of ours, or an origin is gone
+                guard.origins = tuple(kid for kid in guard.origins if kid in found.origins)
                 return self._wait(guard, now_ms)
             if guard.claimed:
                 return self._owner.lose(guard.job, now_ms)  # K1
@@ -441,7 +477,10 @@ class Keeper(Takeover):
     def _close(self, guard: Guard, now_ms: float) -> list[Effect]:
         """Its end is recorded: nothing of it has effects any more; the record stays for a while."""
         del self.guards[guard.job.job]
-        self._retain(guard.job.job, guard.chunks, now_ms)
+        if self._origins(guard):
+            self._wanted.pop(guard.job.job, None)  # Q4: who has it there removes its record
+        else:
+            self._retain(guard.job.job, guard.chunks, now_ms)
         return [
             effect
             for name in guard.job.spec.effects
@@ -476,7 +515,7 @@ class Keeper(Takeover):
         def written(answer: Answer, now_ms: float) -> list[Effect]:
             self._listing = False
             if answer.status != "ok":
-                return []  # the next tick tries again
+                return self._shelter(answer, now_ms)  # the next tick tries again
             self._listed = wanted
             effects: list[Effect] = []
             for job in list(wanted):

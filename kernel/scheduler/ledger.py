@@ -113,6 +113,8 @@ class Job:
     detach: bool = False
     kept: bool = True  # small enough for Nexus
     asked_ms: float = -1.0  # taken over: when a client last asked about it
+    held: bool = False  # nothing of it is assigned: it is not recorded, or not admitted, yet
+    origins: tuple[Kid, ...] = ()  # nodes whose outbox has it, as far as we know
 
     def drop_program(self) -> None:
         """It has ended: what was needed to run it is not needed to tell of it."""

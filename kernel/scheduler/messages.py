@@ -37,6 +37,7 @@ BOOT_MASK = (1 << 22) - 1
 EFFECTS_MAX = 64  # globals that one program writes
 TRACE_CHARACTERS_MAX = 64  # a traceparent has 55
 SETTLED_MAX = 64  # runs of positions in one acknowledgement
+ORIGINS_MAX = 8  # nodes that one submission may be queued at: a client has tried more than seven
 
 GlobalName = Annotated[str, Meta(min_length=1, max_length=128)]
 JobId = Annotated[str, Meta(pattern=r"^J-[0-9a-f]{16}$")]
@@ -49,6 +50,7 @@ Text = Annotated[str, Meta(max_length=4096)]
 Reduction = Literal["sum", "min", "max", "count", "collect"]
 Kind = Literal["entangle", "python", "wasm"]
 Parcels = Annotated[tuple[Parcel, ...], Meta(max_length=INDICES_EXPLICIT_MAX)]
+Origins = Annotated[tuple[Kid, ...], Meta(max_length=ORIGINS_MAX)]
 
 
 class JobSpec(msgspec.Struct, frozen=True, array_like=True):
@@ -92,9 +94,11 @@ class SubmitJob(msgspec.Struct, frozen=True, array_like=True, tag="s.submit"):
     parcels: Parcels = ()  # arguments of calls and programs, one for each index
     detach: bool = False  # it goes on when the submitter has gone
     again: bool = False  # it was submitted before: somebody may have taken it over
+    origins: Origins = ()  # where it is queued, as far as the submitter knows
 
 
-State = Literal["running", "done", "failed", "cancelled"]
+# `queued`: in the outbox of a node that cannot reach the voters, on its disk; nothing of it runs.
+State = Literal["queued", "running", "done", "failed", "cancelled"]
 
 
 class ShardStatus(msgspec.Struct, frozen=True, array_like=True):
@@ -277,6 +281,18 @@ class ReportAck(msgspec.Struct, frozen=True, array_like=True, tag="s.ack"):
     settled: Annotated[tuple[tuple[Number, Number], ...], Meta(max_length=SETTLED_MAX)] = ()
 
 
+class Stored(msgspec.Struct, frozen=True, array_like=True, tag="s.stored"):
+    """A node to itself: what its outbox has of the job is on the disk, or (`kept` false) refused.
+
+    `number`: of the entry; `leaves`: that there is none any more is what the disk knows.
+    """
+
+    job: JobId
+    number: Number
+    leaves: bool = False
+    kept: bool = True
+
+
 Message = (
     SubmitJob
     | JobStatus
@@ -296,6 +312,7 @@ Message = (
     | NeedProgram
     | Report
     | ReportAck
+    | Stored
 )
 
 

@@ -41,6 +41,7 @@ from manifold.kernel.scheduler.messages import (
     WatchJob,
 )
 from manifold.kernel.scheduler.planner import Planner, task_name
+from manifold.kernel.scheduler.queueing import Queue
 from manifold.kernel.scheduler.records import JobRecord
 from manifold.kernel.scheduler.shelf import Shelf
 from manifold.vm.kid import Kid
@@ -48,6 +49,7 @@ from manifold.vm.kid import Kid
 TICK_MS = 50.0  # while jobs run: half the time in which a stall is noticed by a person
 RESEND_MS = 400.0  # an assignment or shrink nobody answered is sent again
 WATCHERS_MAX = 64
+GOES_ON = ("queued", "running")
 NOBODY_MS = 30_000.0  # a job that no node may run waits this long before it fails
 ASKED_MS = 30_000.0  # a job that was taken over ends when no client asked about it for so long
 WAITING_PER_END = 2  # and when a shard ends: one slot came free
@@ -60,6 +62,7 @@ class Owner(Planner):
         super().__init__(me, config, geode, boot)
         self.shelf = Shelf(config.retain_ms)
         self.keeper = Keeper(self, boot)
+        self.queue = Queue(self)
         self._ticked_ms = 0.0
 
     # -- clients ------------------------------------------------------------------------------
@@ -71,18 +74,21 @@ class Owner(Planner):
         job = self._find(message.job)
         if job is not None:  # submitted before: the id is its idempotency token
             self._asked(job, client if message.watch else "", now_ms)
-            return self.status(job, now_ms), []
+            return self.status(job, now_ms), self.queue.outbox.again(job.job)
         admission.check(message, len(self.jobs), self.config)
         self.peers.relent(now_ms)
         count = blocks.count(message.spec)
         job = Job(
             message.job, message.spec, message.ir, now_ms, count, [None] * count,
             parcels=message.parcels, client=client, detach=message.detach,
+            origins=message.origins,
         )  # fmt: skip
         if message.watch and client:
             self._watch(job, client)
         demand = balance.demand(self.geode, job, 1)
-        if count and not balance.capable(self.geode, demand):
+        # The arguments of a call are with its client, which calls again: it runs where it can.
+        cut = message.spec.kind != "python" and self.queue.cut(now_ms)
+        if count and not cut and not balance.capable(self.geode, demand):
             raise Unavailable(
                 f"No node may run this job: {balance.reasons(self.geode, demand, now_ms)}.",
                 "Ask for less, or add such a node.",
@@ -90,16 +96,23 @@ class Owner(Planner):
         if not self.shelf.grow(job, outcome.parcels_nbytes(message.parcels)):
             self.shelf.held_bytes -= job.held_bytes
             raise Busy("This node holds too many arguments and results.", "Come again.")
+        if cut:
+            try:
+                effects = self.queue.submitted(job)
+            except Busy:
+                self.shelf.held_bytes -= job.held_bytes
+                raise
+            return self.status(job, now_ms), effects
         self.jobs[job.job] = job
         self._event("submitted", job, f"{blocks.total(job.spec)} indices in {count} blocks")
         effects = self.keeper.begin(job, message.again, now_ms)
         return self.status(job, now_ms), effects
 
     def _find(self, name: str) -> Job | None:
-        return self.jobs.get(name) or self.shelf.jobs.get(name)
+        return self.jobs.get(name) or self.queue.find(name) or self.shelf.jobs.get(name)
 
     def _asked(self, job: Job, client: str, now_ms: float) -> None:
-        if client and job.state == "running":
+        if client and job.state in GOES_ON:
             self._watch(job, client)
         if job.asked_ms >= 0:
             job.asked_ms = now_ms
@@ -114,7 +127,7 @@ class Owner(Planner):
     ) -> tuple[msgspec.Struct, list[Effect]]:
         """Answer a client's question about jobs."""
         if isinstance(message, ListJobs):
-            every = [*self.shelf.jobs.values(), *self.jobs.values()]
+            every = [*self.shelf.jobs.values(), *self.jobs.values(), *self.queue.jobs()]
             return JobList(tuple(self.status(j, now_ms, brief=True) for j in every[-1000:])), []
         job = self._find(message.job)
         if job is None:
@@ -122,14 +135,17 @@ class Owner(Planner):
         match message:
             case WatchJob():
                 self._asked(job, client, now_ms)
-                return self.status(job, now_ms), []
+                return self.status(job, now_ms), self.queue.outbox.again(job.job)
+            case KillJob(moved=moved) if job.job not in self.jobs and job.state == "queued":
+                # What is acknowledged by a disk is not given up for what may be in memory alone.
+                return (self.status(job, now_ms), []) if moved else self.queue.cancel(job, now_ms)
             case KillJob(moved=True):
                 # Its client believes that somebody else has it. Where a record says who, it does.
                 kept = self.keeper.keeps(job.job)
                 effects = [] if kept or job.state != "running" else self.lose(job, now_ms)
                 return self.status(job, now_ms), effects
             case KillJob():
-                effects = [] if job.state != "running" else self.end(job, "cancelled", now_ms)
+                effects = [] if job.state not in GOES_ON else self.end(job, "cancelled", now_ms)
                 return self.status(job, now_ms), effects
             case FetchResult():
                 return ResultPart(message.first, outcome.part(job, message.first)), []
@@ -144,11 +160,13 @@ class Owner(Planner):
         """A node joined, or came back as a new process."""
         self.peers.forget(node)
         self.keeper.node_up(node)
+        self.queue.cut(now_ms)  # it looks who is there
         return self.pump(now_ms)
 
     def node_down(self, node: Kid, now_ms: float) -> list[Effect]:
         """A node is dead: what it owed goes to others at once."""
         self.peers.forget(node)
+        self.queue.cut(now_ms)
         for job in self.jobs.values():
             for shard in [s for s in job.shards.values() if s.node == node]:
                 self._release(job, shard, "its node died", now_ms)
@@ -159,12 +177,17 @@ class Owner(Planner):
         effects: list[Effect] = []
         for job in [j for j in self.jobs.values() if j.client == client and not j.detach]:
             effects += self.end(job, "cancelled", now_ms)
-        return effects
+        return effects + self.queue.client_gone(client, now_ms)
 
     # -- jobs that change their owner -----------------------------------------------------------
 
     def resume(self, job: Job, now_ms: float) -> list[Effect]:
         """Go on with a job of which some blocks may be counted already."""
+        job.held = False
+        told = self.queue.begins(job, now_ms)
+        return [*told, *self._resume(job, now_ms)] if told else self._resume(job, now_ms)
+
+    def _resume(self, job: Job, now_ms: float) -> list[Effect]:
         if job.blocks and job.counted == job.blocks:
             return self.keeper.complete(job, now_ms)
         if not job.shards:
@@ -179,7 +202,8 @@ class Owner(Planner):
             self.jobs[job.job] = job
             job.asked_ms = now_ms
         self._event("taken over", job, f"{job.counted} of {job.blocks} blocks are counted")
-        return [] if job.spec.effects else self.resume(job, now_ms)
+        wait = job.spec.effects or self.queue.holds(job.job)
+        return [] if wait else self.resume(job, now_ms)
 
     def lose(self, job: Job, now_ms: float) -> list[Effect]:
         """Somebody else owns it: drop it, without a word of its end."""
@@ -187,17 +211,22 @@ class Owner(Planner):
         if self.jobs.get(job.job) is not job:
             return []
         effects = self._abandon(job, now_ms)
-        del self.jobs[job.job]
+        effects += self.forget(job)
+        self._event("moved", job, "another node owns it")
+        return effects + self.queue.leave(job.job)
+
+    def forget(self, job: Job) -> list[Effect]:
+        """It is not one of ours any more."""
+        self.jobs.pop(job.job, None)
         self._waiting.pop(job.job, None)
         self.shelf.held_bytes -= job.held_bytes
-        self._event("moved", job, "another node owns it")
-        return effects
+        return []
 
     def ended_elsewhere(self, job: Job, record: JobRecord, now_ms: float) -> list[Effect]:
         """It was submitted again, and has ended already."""
         if record.state == "done" and record.results is None and not job.spec.effects:
             job.kept = False  # its results are gone with their owner: it is done again
-            return [] if job.shards else self.begin(job, now_ms)
+            return [] if job.shards else self.resume(job, now_ms)
         effects = self._abandon(job, now_ms)
         job.fault = record.fault
         if record.state == "done" and record.results is None:
@@ -388,11 +417,12 @@ class Owner(Planner):
         self.shelf.put(job)
         self._event(job.state, job, f"{job.done} indices in {now_ms - job.started_ms:.0f} ms")
         effects = self.keeper.ended(job, now_ms)
+        told: list[Effect] = []
         if job.watchers:
             status = self.status(job, now_ms)
-            effects += [Send(watcher, status) for watcher in job.watchers]
+            told += [Send(watcher, status) for watcher in job.watchers]
             job.watchers.clear()
-        return effects
+        return effects + self.queue.leave(job.job, told)
 
     def _progress(self, job: Job, now_ms: float) -> list[Effect]:
         if job.done == job.told_done or now_ms - job.told_ms < self.config.progress_ms:
@@ -419,9 +449,12 @@ class Owner(Planner):
                     shard.heard_ms = min(now_ms, shard.heard_ms + late_ms)
             effects += self._tick_job(job, now_ms)
         self.shelf.expire(now_ms)
-        return [*effects, *self.keeper.tick(now_ms), *self.pump(now_ms)]
+        effects += [*self.queue.tick(now_ms), *self.keeper.tick(now_ms)]
+        return [*effects, *self.pump(now_ms)]
 
     def _tick_job(self, job: Job, now_ms: float) -> list[Effect]:
+        if job.state == "queued":
+            return []  # its time begins when it runs
         limit_ms = job.spec.timeout_ms
         if limit_ms and now_ms - job.started_ms >= limit_ms:
             job.fault = Fault(

@@ -80,7 +80,7 @@ class Planner(ABC):
         """Assign what is pending and rebalance what runs, as far as there are slots."""
         effects: list[Effect] = []
         for job in list(self.jobs.values()):
-            if job.pending and job.job not in self._waiting:
+            if job.pending and not job.held and job.job not in self._waiting:
                 effects += self._plan(job, now_ms)
         effects += self._pump_waiting(WAITING_PER_TICK, now_ms)
         for job in list(self.jobs.values()):

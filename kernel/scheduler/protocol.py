@@ -7,7 +7,7 @@ ends with the `SetTimer` that is due. Pure: see `owner.py`, `runner.py`, `ledger
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -30,12 +30,14 @@ from manifold.kernel.scheduler.messages import (
     ReportAck,
     Shrink,
     Shrunk,
+    Stored,
     SubmitJob,
     WatchJob,
     WhyAnswer,
     WhyTask,
 )
 from manifold.kernel.scheduler.owner import TICK_MS, Owner
+from manifold.kernel.scheduler.queueing import TICK_MS as QUEUE_TICK_MS
 from manifold.kernel.scheduler.runner import Runner
 from manifold.vm.kid import Kid
 
@@ -65,6 +67,11 @@ class Scheduler:
         self._owner_due_ms = float("inf")
         self._runner_due_ms = float("inf")
 
+    def start(self, outbox: Mapping[str, bytes], now_ms: float) -> list[Effect]:
+        """`outbox`: what a former process of this node has left of it on the disk."""
+        self.owner.queue.load(outbox, now_ms)
+        return self._close([], now_ms)
+
     def request(
         self, client: str, message: Request, now_ms: float
     ) -> tuple[msgspec.Struct, list[Effect]]:
@@ -81,6 +88,10 @@ class Scheduler:
 
     def receive(self, source: Kid, message: Any, now_ms: float) -> list[Effect]:
         match message:
+            case Stored():
+                mine = source == self.owner.me
+                done = self.owner.queue.stored(message, now_ms) if mine else []
+                return self._close(done, now_ms)
             case Report() | Shrunk() | Rejected() | NeedProgram():
                 return self._close(self.owner.receive(source, message, now_ms), now_ms)
             case AssignShard() if self.geode.routes and not self.runner.holds(source, message):
@@ -125,6 +136,8 @@ class Scheduler:
             self._owner_due_ms = min(self._owner_due_ms, now_ms + TICK_MS, self.owner.wake_ms)
         elif keeper_due_ms != float("inf"):
             self._owner_due_ms = min(self._owner_due_ms, keeper_due_ms)
+        if self.owner.queue.waiting:
+            self._owner_due_ms = min(self._owner_due_ms, now_ms + QUEUE_TICK_MS)
         if self.owner.shelf.jobs:
             self._owner_due_ms = min(self._owner_due_ms, now_ms + RETAIN_TICK_MS)
         if self.runner.busy:

@@ -27,6 +27,7 @@ from manifold.kernel.scheduler.messages import (
     JobSpec,
     Ms,
     Number,
+    Origins,
     Parcels,
     State,
     Text,
@@ -60,6 +61,7 @@ class JobRecord(msgspec.Struct, frozen=True, array_like=True):
     fault: Fault | None = None
     results: _Results | None = None  # of a job that has ended, where they are small
     tail: bytes = b""  # an encoded chunk: the results that are in no other
+    origins: Origins = ()  # nodes whose outbox may have the job: Q4 in queueing.py
 
 
 class Head(msgspec.Struct, frozen=True, array_like=True):
@@ -85,7 +87,7 @@ encode = msgspec.msgpack.Encoder().encode
 decode_record = msgspec.msgpack.Decoder(JobRecord).decode
 decode_chunk = msgspec.msgpack.Decoder(Chunk).decode
 decode_owned = msgspec.msgpack.Decoder(Owned).decode
-_decode_head = msgspec.msgpack.Decoder(Head).decode
+decode_head = msgspec.msgpack.Decoder(Head).decode
 
 
 def job_key(job: str) -> str:
@@ -188,7 +190,7 @@ def restore(record: JobRecord, chunks: Sequence[bytes], now_ms: float) -> tuple[
     try:
         every = [*chunks, record.tail] if record.tail else chunks
         parts = [decode_chunk(data) for data in every]
-        head = _decode_head(b"".join(part.head for part in parts))
+        head = decode_head(b"".join(part.head for part in parts))
     except msgspec.MsgspecError as error:
         raise Damaged(str(error)) from error
     spec = head.spec
@@ -198,6 +200,7 @@ def restore(record: JobRecord, chunks: Sequence[bytes], now_ms: float) -> tuple[
     job = Job(
         record.job, spec, head.ir, now_ms - record.elapsed_ms, count, [None] * count,
         parcels=head.parcels, client=record.client, detach=record.detach,
+        origins=record.origins,
     )  # fmt: skip
     job.retries = record.retries
     runs: list[Run] = []

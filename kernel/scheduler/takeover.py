@@ -44,6 +44,7 @@ class Guard:
     job: Job
     since_ms: float
     generation: int = 1
+    origins: tuple[Kid, ...] = ()  # nodes whose outbox may have it, as the record tells
     earlier: list[tuple[int, int]] = field(default_factory=list)  # chunks of former generations
     written: int = 0  # chunks of this one
     version: int = 0
@@ -93,6 +94,11 @@ class Takeover(ABC):
     def begin(self, job: Job, again: bool, now_ms: float) -> list[Effect]:
         """A job was submitted: begin it, now or when it is recorded."""
 
+    @property
+    def known(self) -> bool:
+        """Whether the voters have answered us once."""
+        return self._known
+
     @abstractmethod
     def _step(self, guard: Guard, now_ms: float) -> list[Effect]:
         """The next thing to do for a job that is kept."""
@@ -104,6 +110,7 @@ class Takeover(ABC):
         return Notify(Ask(self._token, Operate(op, key, change, TIMEOUT_MS)))
 
     def answered(self, token: int, answer: Answer, now_ms: float) -> list[Effect]:
+        self._owner.queue.reach.heard(answer, now_ms)
         then = self._asked.pop(token, None)
         return then(answer, now_ms) if then is not None else []
 
@@ -118,6 +125,12 @@ class Takeover(ABC):
         for at in range(len(self._retained) - RETAINED_MAX):  # these are due at once
             _, job, chunks = self._retained[at]
             self._retained[at] = (now_ms, job, chunks)
+
+    def _retain_ended(self, record: JobRecord, now_ms: float) -> None:
+        """Q4: where another node may still have it, that one does so when it is back."""
+        if all(kid == self._owner.me for kid in record.origins):
+            self._wanted[record.job] = None
+            self._retain(record.job, record.chunks, now_ms)
 
     # -- jobs of others ---------------------------------------------------------------------------
 
@@ -142,13 +155,18 @@ class Takeover(ABC):
         def read(answer: Answer, now_ms: float) -> list[Effect]:
             if answer.status != "ok" and dead in self._dead:
                 return self._retry(now_ms, lambda: self._inherit(dead))
-            return [effect for job in owned_of(answer) for effect in self._look(job)]
+            return [effect for job in owned_of(answer) for effect in self.look(job)]
 
         return [self._ask(records.owned_key(dead), Get(), read)]
 
-    def _look(self, job: str) -> list[Effect]:
-        """What does Nexus know of this job?"""
+    def look(self, job: str) -> list[Effect]:
+        """What does Nexus know of this job? It is begun where that is nothing."""
+        queued = self._owner.queue.take(job)
+        if queued is not None:
+            self._waiting[job] = (queued, float("inf"))
+        return self._look(job)
 
+    def _look(self, job: str) -> list[Effect]:
         def read(answer: Answer, now_ms: float) -> list[Effect]:
             if answer.status != "ok":
                 return self._retry(now_ms, lambda: self._look(job))
@@ -162,7 +180,7 @@ class Takeover(ABC):
             waiting = self._waiting.pop(job, None)
             if waiting is None:
                 return []
-            if waiting[0].spec.effects:  # K3: recorded first
+            if waiting[0].spec.effects or self._owner.queue.holds(job):  # K3, Q1: recorded first
                 return self.begin(waiting[0], False, now_ms)
             return self._owner.begin(waiting[0], now_ms)
 
@@ -183,10 +201,48 @@ class Takeover(ABC):
         if record.job in self.guards:
             return []
         mine = record.owner == self._owner.me
+        if not mine and self._owner.me in record.origins and not self._holds(record.job):
+            return [*self._clear(record.job), *self._found_of(record, version, now_ms)]
+        return self._found_of(record, version, now_ms)
+
+    def _holds(self, job: str) -> bool:
+        return self._owner.queue.holds(job)
+
+    def _clear(self, job: str) -> list[Effect]:
+        """Q4: our outbox has it no more."""
+        me = self._owner.me
+
+        def read(answer: Answer, now_ms: float) -> list[Effect]:
+            if answer.status != "ok":
+                return self._retry(now_ms, lambda: self._clear(job))
+            try:
+                record = record_of(answer)
+            except records.Damaged:
+                return []  # another release wrote it: it is left alone
+            if record is None or me not in record.origins or self._holds(job):
+                return []
+            if job in self.guards:
+                return []  # ours: what is written next says it
+            rest = tuple(kid for kid in record.origins if kid != me)
+            cleared = msgspec.structs.replace(record, origins=rest)
+
+            def written(answer: Answer, now_ms: float) -> list[Effect]:
+                if answer.status != "ok":
+                    return self._retry(now_ms, lambda: self._clear(job))
+                if record.state != "running" and not rest:
+                    self._retain(job, record.chunks, now_ms)
+                return []
+
+            change = CasVersion(answer.version, records.encode(cleared))
+            return [self._ask(records.job_key(job), change, written)]
+
+        return [self._ask(records.job_key(job), Get(), read)]
+
+    def _found_of(self, record: JobRecord, version: int, now_ms: float) -> list[Effect]:
+        mine = record.owner == self._owner.me
         if record.state != "running":
             if mine or self._dead.get(record.owner, False):
-                self._wanted[record.job] = None
-                self._retain(record.job, record.chunks, now_ms)
+                self._retain_ended(record, now_ms)
             waiting = self._waiting.pop(record.job, None)
             return self._owner.ended_elsewhere(waiting[0], record, now_ms) if waiting else []
         if not mine and record.owner in self._owner.geode.nodes():
@@ -254,7 +310,9 @@ class Takeover(ABC):
         guard.earlier, guard.version, guard.claimed = list(claim.chunks), version, True
         guard.saved, guard.admit = saved, list(job.spec.effects)
         guard.fresh = records.runs_of(claim.tail)  # K2: they are in no chunk yet
-        guard.begun = not job.spec.effects
+        guard.origins = claim.origins
+        guard.begun = not job.spec.effects and not self._holds(job.job)
+        job.held = not guard.begun
         effects = self._owner.adopt(job, waiting is None, now_ms)
         return effects + self._step(guard, now_ms)
 

@@ -42,7 +42,7 @@ class Job(msgspec.Struct, frozen=True, omit_defaults=True):
     """A job, without its progress."""
 
     job: str
-    state: str  # running | done | failed | cancelled
+    state: str  # queued | running | done | failed | cancelled
     program: str = ""
     name: str = ""
     owner: str = ""

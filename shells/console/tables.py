@@ -20,7 +20,7 @@ GLYPHS = {
 }
 JOB_GLYPHS = {
     "running": ("▶", "accent"), "done": ("✓", "ok"), "failed": ("✕", "bad"),
-    "cancelled": ("■", "dim"),
+    "cancelled": ("■", "dim"), "queued": ("◌", "warn"),
 }  # fmt: skip
 SPARK_WIDTH = 12
 

@@ -181,7 +181,7 @@ def _why_plain(decisions: Sequence[Decision]) -> list[dict[str, Any]]:
 JOBS = (
     Row("/jobs", "jobs that run or ran, by id", names=_job_entries),
     Row("/jobs/JOB", "one job", hidden=_job_hidden),
-    _job_file("state", "running, done, failed or cancelled", lambda job: job.state),
+    _job_file("state", "queued, running, done, failed or cancelled", lambda job: job.state),
     _job_file("progress", "how much of its indices is done, in percent", _progress),
     Row("/jobs/JOB/result", "what it came to, an entry a line; once it is done", "file",
         read=_result),

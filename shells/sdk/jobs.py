@@ -18,6 +18,7 @@ import msgspec
 
 from manifold.kernel.errors import ManifoldError, Maybe, NoCluster, NotFound, Unavailable
 from manifold.kernel.scheduler.messages import (
+    ORIGINS_MAX,
     FetchResult,
     JobSpec,
     JobStatus,
@@ -31,6 +32,7 @@ from manifold.kernel.tasks.messages import Parcel
 from manifold.shells.sdk import tracing
 from manifold.shells.sdk.connection import Connection
 from manifold.shells.sdk.future import JobFailed, error_of
+from manifold.vm.kid import Kid
 
 CHECK_S = 1.0  # a job of which nothing was heard for so long is asked about
 ALIVE_S = 10.0  # who took a job over ends it where no client has asked about it for 30 s
@@ -41,6 +43,7 @@ REATTACH_S = 0.25
 BUSY_S = 0.25
 CLOSED = "The client was closed before the job ended."
 KILLS_MAX = 3  # at ten seconds each
+GOES_ON = ("queued", "running")  # states of a job that has not ended
 
 
 def new_job() -> str:
@@ -77,7 +80,8 @@ class Job:
 
     __slots__ = (
         "answer", "asked_s", "awaited", "detach", "fetching", "finished", "heard_s", "ir", "job",
-        "killed", "lost_s", "owner", "parcels", "resubmits", "span", "spec", "taken", "task",
+        "killed", "lost_s", "origins", "owner", "parcels", "resubmits", "span", "spec", "taken",
+        "task",
     )  # fmt: skip
 
     def __init__(
@@ -106,6 +110,7 @@ class Job:
         self.taken = 0  # results that were told by `some`
         self.fetching = False
         self.owner = ""  # which node has it, as it said last
+        self.origins: tuple[Kid, ...] = ()  # which nodes have queued it: others are to know
         self.killed = False  # by us: it is not submitted again
         self.finished = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
@@ -126,7 +131,9 @@ class Job:
     @property
     def submission(self) -> SubmitJob:
         again = self.resubmits > 0
-        return SubmitJob(self.job, self.spec, self.ir, True, self.parcels, self.detach, again)
+        return SubmitJob(
+            self.job, self.spec, self.ir, True, self.parcels, self.detach, again, self.origins
+        )
 
 
 class Jobs:
@@ -270,7 +277,7 @@ class Jobs:
         else:
             job.heard_s = self._connection.loop.time()
             job.owner = status.owner
-            if job.killed and status.state == "running":
+            if job.killed and status.state in GOES_ON:
                 self._run(self._kill(job.job, job.owner))
             await self._heard(job, status)
 
@@ -292,7 +299,9 @@ class Jobs:
     async def _heard(self, job: Job, status: JobStatus) -> None:
         if job.finished.is_set():
             return
-        if status.state == "running":
+        if status.state == "queued" and status.owner not in job.origins:
+            job.origins = (*job.origins, status.owner)[-ORIGINS_MAX:]
+        if status.state in GOES_ON:
             job.awaited.progress(status)
             if job.spec.isolate and status.done > job.taken and not job.fetching:
                 await self._fetch_some(job)

@@ -11,8 +11,18 @@ from typing import Any
 
 WIDTH = 30
 PROGRESS_S = 0.2  # between two looks
+QUEUED = (
+    "{job} is queued, on the disk of the node it was submitted to: no majority of the voters "
+    "answers there. It runs when they are back; `manifold kill {job}` takes it out."
+)
 
 Shown = Callable[[Any], None] | bool | None  # a progress bar: a function, or True for ours
+
+
+def is_queued(future: Any) -> bool:
+    """Whether its job waits in the outbox of a node that reaches no majority of the voters."""
+    status = getattr(future, "status", None)
+    return status is not None and status.state == "queued"
 
 
 def is_program(source: Any) -> bool:
@@ -57,9 +67,14 @@ class ProgressBar:
 
     def __init__(self) -> None:
         self._shown = False
+        self._told = False
         self._enabled = sys.stderr.isatty()
 
     def __call__(self, future: Any) -> None:
+        if not self._told and is_queued(future):
+            self._told = True
+            self.clear()
+            sys.stderr.write(QUEUED.format(job=future.job) + "\n")
         progress = future.progress()
         if progress is None or not progress.total or not self._enabled:
             return

@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from manifold.kernel.errors import ManifoldError
 from manifold.kernel.geode.messages import Demand
 from manifold.shells.escapes import visible_text
+from manifold.shells.sdk.progress import QUEUED, is_queued
 from manifold.shells.verbs import completing
 from manifold.shells.verbs.common import (
     ProgressBar,
@@ -242,6 +243,8 @@ def run(
             while future.status is None and not future.done():
                 client.status(future.job)
             print_json({"job": future.job}) if as_json else click.echo(future.job)
+            if is_queued(future):
+                click.echo(QUEUED.format(job=future.job), err=True)
             return 0
         bar = ProgressBar()
         try:

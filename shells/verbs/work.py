@@ -32,10 +32,11 @@ def _job_row(job: JobStatus) -> tuple[Any, ...]:
 @json_option
 @click.pass_context
 def jobs(context: click.Context, everything: bool, as_json: bool) -> None:
-    """Jobs that run (with --all, or --json, those that ended too)."""
+    """Jobs that run or are queued (with --all, or --json, those that ended too)."""
     with connect(context) as client:
         found = client.jobs()
-    listed = [j for j in found.jobs if everything or as_json or j.state == "running"]
+    goes_on = ("queued", "running")
+    listed = [j for j in found.jobs if everything or as_json or j.state in goes_on]
     if as_json:
         print_json([job_dict(job) for job in listed])
     elif listed:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from manifold.kernel.effects import Effect, Send
+from manifold.kernel.effects import Effect, Send, after_writes
 from manifold.kernel.errors import ManifoldError
 from manifold.kernel.process.messages import Result
 from manifold.kernel.scheduler.messages import (
@@ -51,6 +51,16 @@ class Task:
     asking: bool = False  # it is open
 
 
+@dataclass(frozen=True, slots=True)
+class Acknowledged:
+    """What a node answers to a question, once all that it says is durable."""
+
+    task: Task
+    token: int
+    message: Any
+    answer: Any
+
+
 @dataclass(slots=True)
 class Clients:
     """Every client of the world, one for each job."""
@@ -61,6 +71,7 @@ class Clients:
 
     def watch(self) -> None:
         self.world.on_send.append(self._pushed)
+        self.world.on_notify.setdefault(Acknowledged, []).append(self._acknowledged)
 
     def submit(self, task: Task) -> None:
         """Now; the client is attached to node `task.home`."""
@@ -123,18 +134,23 @@ class Clients:
                         LINK_MS, lambda: self._arrived(task, token, there, message, relayed=True)
                     )
                     return []
-            if self._passes():
-                self.world.at(LINK_MS, self._answered, task, token, message, answer)
-            return effects
+            return after_writes(effects, Acknowledged(task, token, message, answer))
 
         self.world.call(node, serve)
+
+    def _acknowledged(self, node: Node, event: Acknowledged) -> None:
+        """The answer leaves its node, when what it says is on the disk."""
+        if self._passes():
+            self.world.at(
+                LINK_MS, self._answered, event.task, event.token, event.message, event.answer
+            )
 
     def _owner(self, job: str) -> Node | None:
         """Who would answer a question to all nodes."""
         for node in self.world.nodes:
             if node.up and self.world.now_ms >= node.paused_until_ms:
                 owner = node.machine.scheduler.owner
-                if job in owner.jobs or job in owner.shelf.jobs:
+                if job in owner.jobs or job in owner.shelf.jobs or owner.queue.holds(job):
                     return node
         return None
 
@@ -184,7 +200,7 @@ class Clients:
             return
         task.heard_ms = self.world.now_ms
         task.status = status
-        if status.state == "running":
+        if status.state in ("queued", "running"):
             return
         if status.state == "done" and status.results is None:
             task.results = ()

@@ -27,7 +27,7 @@ from manifold.kernel.membership import messages as membership_messages
 from manifold.kernel.membership.messages import Me, State, Update, saved_incarnation
 from manifold.kernel.nexus import messages as nexus_messages
 from manifold.kernel.process.messages import Result
-from manifold.kernel.scheduler import blocks
+from manifold.kernel.scheduler import blocks, outbox
 from manifold.kernel.scheduler import messages as scheduler_messages
 from manifold.kernel.scheduler.messages import (
     JobEvent,
@@ -358,6 +358,7 @@ def composite(
             seeds=roster.addresses[: membership.SEEDS],
             known=() if cold else warm,
             durable={name: record for name, record in durable.items() if name.startswith("x.")},
+            outbox={name: r for name, r in durable.items() if name.startswith(outbox.PREFIX)},
         )
         made.audit = audit
         return made

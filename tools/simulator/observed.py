@@ -195,6 +195,8 @@ def left_over(core: Core) -> str:
         return f"{len(left)} jobs run: {left[0]}"
     if runner.held or runner.running() or runner.waiting() or runner.load().queued_gas:
         return f"{runner.held} attempts are held, {runner.load().queued_gas} gas queued"
+    if owner.queue.outbox.entries:
+        return f"{len(owner.queue.outbox.entries)} jobs are queued"
     if owner.peers.live():
         return f"live shards: {owner.peers.live()}"
     for kid in geode.nodes():
