@@ -9,6 +9,7 @@ from __future__ import annotations
 import manifold
 
 FREE = ""
+PATIENCE_S = 3.0  # a customer waits no longer
 
 
 class BoxOffice:
@@ -28,8 +29,9 @@ class BoxOffice:
         """
         name = self._name(seat)
         try:
-            if self._globals.cas(name, None, customer) or self._globals.cas(name, FREE, customer):
-                return True
+            for free in (None, FREE):
+                if self._globals.cas(name, free, customer, timeout_s=PATIENCE_S):
+                    return True
         except manifold.Maybe:
             pass  # perhaps it was: whoever holds it now tells
         return self.holder(seat) == customer
