@@ -128,6 +128,36 @@ def test_commands_run_on_this_cluster(manifold_cluster: TestCluster) -> None:
     assert wrong.returncode != 0 and wrong.stderr
 
 
+@pytest.mark.manifold(nodes=5)
+def test_a_partition_holds_and_heals_and_names_are_checked(manifold_cluster: TestCluster) -> None:
+    cluster = manifold_cluster
+    few, many = cluster.client(0), cluster.client(4)
+    few.globals["x"] = 1
+    cluster.partition({0, "node-02"})  # off all the rest
+    with pytest.raises(Unavailable):
+        few.globals.set("y", 2, timeout_s=1.0)
+    many.globals["x"] = 3
+    assert few.globals.read("x", stale=True).value in (1, 3)
+    cluster.heal()
+    assert few.globals["x"] == 3
+    for wrong in ({9}, {"nobody"}):
+        with pytest.raises(NotFound):
+            cluster.partition(wrong, {0})
+    with pytest.raises(NotFound):
+        cluster.slow("node-01", "nobody", latency_ms=1.0)
+
+
+@pytest.mark.manifold(
+    nodes=3,
+    links=[{"between": ["node-01", "*"], "latency": "60ms"}],
+    overrides={"nexus.voters": "3"},
+)
+def test_links_are_from_the_beginning_as_the_marker_says(manifold_cluster: TestCluster) -> None:
+    began_s = time.monotonic()
+    manifold_cluster.client(0).globals["x"] = 1
+    assert time.monotonic() - began_s >= 0.12  # to another voter and back
+
+
 @pytest.mark.parametrize("nodes", [1, 4])
 def test_when_a_cluster_has_converged_everything_can_be_asked_of_every_node(
     manifold_clusters: Start, nodes: int

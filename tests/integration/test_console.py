@@ -293,7 +293,9 @@ def test_completion_offers_verbs_nodes_and_files(manifold_clusters: Any) -> None
         await until(pilot, lambda: "examples/collatz" in prompt.value, "the file is completed")
         prompt.put("n")
         await pilot.press("tab", "tab")
-        await until(pilot, lambda: prompt.value in ("node", "nexus"), "the menu is walked through")
+        await until(
+            pilot, lambda: prompt.value in ("net", "node", "nexus"), "the menu is walked through"
+        )
 
     drive(cluster.environ, steps)
 

@@ -73,6 +73,14 @@ def test_the_file_that_is_written_is_one_that_manifold_reads(tmp_path: Path) -> 
     assert len(config.spread(count(asked))) == 4
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_links_are_rules_or_the_section_that_has_them(tmp_path: Path, whole: bool) -> None:
+    rules = [{"between": ["node-01", "node-02"], "latency": "30ms", "rate": "10Mbit/s"}]
+    asked = Wish(3, links={"rules": rules} if whole else rules)
+    (rule,) = load(write(asked, tmp_path), {}, {}).links.rules
+    assert (rule.latency_ms, rule.rate) == (30.0, 10e6)
+
+
 def test_a_wrong_class_is_told_where_it_stands(tmp_path: Path) -> None:
     path = write(Wish(classes={"small": {"colour": "red"}}), tmp_path)
     with pytest.raises(ConfigError, match="colour"):

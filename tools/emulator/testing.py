@@ -297,8 +297,12 @@ class TestCluster:
         self._order("slow", LinkRule(self._side(one), self._side(other), one_way, *figures))
 
     def partition(self, *groups: Iterable[Node]) -> None:
-        """Cut the nodes of each group off those of the others."""
-        self._order("partition", *orders.partition([self._side(*group) for group in groups]))
+        """Cut the nodes of each group off those of the others; a single group off all the rest."""
+        sides = [self._side(*group) for group in groups]
+        if len(sides) == 1:
+            inside = sides[0].split(",")
+            sides.append(self._side(*(alias for alias in self.aliases if alias not in inside)))
+        self._order("partition", *orders.partition(sides))
 
     def _side(self, *nodes: Node) -> str:
         """As a rule names them; what is neither a node nor a class is refused."""

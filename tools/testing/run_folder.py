@@ -19,11 +19,12 @@ from pathlib import Path
 
 from manifold.kernel import places
 from manifold.kernel.errors import ManifoldError, Refused
-from manifold.kernel.limits import CLUSTER_NAME_CHARS_MAX
+from manifold.kernel.limits import CLUSTER_NAME_CHARS_MAX, RUNTIME_DIR_BYTES_MAX
 from manifold.tools.emulator import cluster
 
 LOCK = "lock"
-STATE = "state"
+STATE, RUNTIME = "state", "r"
+RUNTIME_NAME_BYTES = len("/manifold-") + places.HASH_DIGITS
 RUN_DIGITS = 6  # of a run's id: 24 bits; two that are the same are told apart by F1
 WORKER_CHARS_MAX = 6  # `gw9999`
 SAME_MAX = 10  # runs of one name at a time
@@ -73,7 +74,7 @@ class RunFolder:
         """The variables of commands that use the cluster of a test, and no other."""
         name = f"{self.name}-{folder.name}"
         assert len(name) < CLUSTER_NAME_CHARS_MAX, "digits, worker, two numbers: 6, 6, 1, 4"
-        return dict(os.environ) | _environ(folder) | {"MANIFOLD_CLUSTER": name}
+        return dict(os.environ) | environ_of_test(folder) | {"MANIFOLD_CLUSTER": name}
 
     def remove(self, folder: Path) -> None:
         """Remove what `test_folder` gave; whatever of its clusters still runs is ended."""
@@ -102,12 +103,12 @@ def clean_up() -> list[str]:
     return failed
 
 
-def _environ(folder: Path) -> dict[str, str]:
-    # F3: sockets beside the folders of tests, told apart by the hash of the state's place
-    return {
-        "MANIFOLD_STATE_HOME": str(folder / STATE),
-        "MANIFOLD_RUNTIME_DIR": str(folder.parent),
-    }
+def environ_of_test(folder: Path) -> dict[str, str]:
+    """Where commands look for the clusters of the test in that folder."""
+    runtime = folder / RUNTIME
+    if len(os.fsencode(runtime)) + RUNTIME_NAME_BYTES > RUNTIME_DIR_BYTES_MAX:
+        runtime = folder.parent  # F3: beside the folders of tests, told apart by the state's place
+    return {"MANIFOLD_STATE_HOME": str(folder / STATE), "MANIFOLD_RUNTIME_DIR": str(runtime)}
 
 
 def _locked(path: Path) -> int:
@@ -129,7 +130,7 @@ def _end_clusters(folder: Path) -> None:
     """Of a test, whoever started them."""
     for state in folder.glob(f"{STATE}/*"):
         if state.is_dir():
-            cluster.down(state.name, _environ(folder))
+            cluster.down(state.name, environ_of_test(folder))
 
 
 def _remove(path: Path) -> None:

@@ -19,15 +19,16 @@ from manifold.kernel.nexus.configs import VOTERS_MAX
 
 DEFAULT_NODES = 3
 # Nodes that have a whole core each, as far as the host has them: a test is to end soon.
-DEFAULT_CLASSES: Mapping[str, Any] = {"node": {"count": 1, "cores": 1, "compute": 1}}
+DEFAULT_CLASS, DEFAULT_KEYS = "node", {"cores": 1, "compute": 1}
 FILE = "manifold.yaml"
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
     """`nodes` 0: as many as the classes count. `classes`: the section of that name in a
-    configuration, a number in it being a count; `links` likewise; `overrides`: single keys, such as
-    `{"scheduler.grain": "5ms"}`; `config`: a file instead of classes and links."""
+    configuration, a number in it being a count; `links`: that section, or its rules alone;
+    `overrides`: single keys, such as `{"scheduler.grain": "5ms"}`; `config`: a file instead of
+    classes and links."""
 
     nodes: int = 0
     classes: Mapping[str, Any] = field(default_factory=dict)
@@ -79,7 +80,7 @@ def write(asked: Wish, folder: Path) -> Path:
     """The configuration file of a cluster as it was asked for."""
     if asked.config is not None:
         return Path(asked.config)
-    classes = asked.classes or DEFAULT_CLASSES
+    classes = asked.classes or {DEFAULT_CLASS: {"count": count(asked), **DEFAULT_KEYS}}
     document: dict[str, Any] = {
         "classes": {
             name: {"count": each} if isinstance(each, int) else dict(each)
@@ -87,7 +88,8 @@ def write(asked: Wish, folder: Path) -> Path:
         }
     }
     if asked.links:
-        document["links"] = asked.links
+        rules = isinstance(asked.links, list | tuple)
+        document["links"] = {"rules": list(asked.links)} if rules else asked.links
     path = folder / FILE
     path.write_text(yaml.safe_dump(document, sort_keys=False))
     return path
