@@ -27,7 +27,7 @@ Environment = dict[str, str]
 ROOT = Path(__file__).parents[2]
 FOREVER = ROOT / "examples" / "forever.ent"
 PATIENCE_S = 30.0
-OWN = re.compile(r"cluster '[a-z0-9]+' does not run: 4 nodes are started for this script .*\n")
+OWN = re.compile(r"cluster '[a-z0-9-]+' does not run: 4 nodes are started for this script .*\n")
 
 
 def until(condition: Callable[[], object], what: str) -> None:
