@@ -2,8 +2,8 @@
 
 Interface rules: from the thread of its loop only, made after the last fork. `at` replaces what was
 set before; `NEVER_MS` unsets it. Timers of the loop count in whole milliseconds of a clock that is
-read once a turn, so that half of them are 0.9 ms late; they are used where the system has no
-timerfd, and `precise` says so.
+read once a turn: one in a hundred is more than 1 ms late on a quiet machine. They are used where
+the system has no timerfd, and `precise` says so.
 """
 
 from __future__ import annotations
