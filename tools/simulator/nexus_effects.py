@@ -21,7 +21,6 @@ Judged from outside, beside all that nexus_checks.py judges:
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
@@ -55,6 +54,7 @@ from manifold.tools.simulator.nexus import (
     Plan,
     draw,
 )
+from manifold.tools.simulator.schedules import schedules
 
 QUARTER = 4  # floats here are quarters, exact in binary; the checker knows integers only
 SUM, COUNT, LAST, REAL = "sum", "count", "last", "real"
@@ -419,16 +419,7 @@ def schedule(seed: int, machine: Machine = Nexus, plan: Plan | None = None) -> O
 
 def main(arguments: Sequence[str]) -> int:
     """`python -m manifold.tools.simulator.nexus_effects SEED SCHEDULES`."""
-    begin, count = (int(each) for each in arguments)
-    begun_s = time.process_time()
-    for seed in range(begin, begin + count):
-        outcome = schedule(seed)
-        if outcome.failures:
-            print("\n".join([f"FAILED at seed {seed}:", *outcome.failures]))
-            return 1
-    rate = count / (time.process_time() - begun_s)
-    print(f"{count} schedules; {rate:.0f} a second of processor time")
-    return 0
+    return schedules(schedule, arguments)
 
 
 if __name__ == "__main__":

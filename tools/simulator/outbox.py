@@ -17,7 +17,6 @@ Judged from outside, once everything is well for ever:
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -44,6 +43,7 @@ from manifold.tools.simulator.jobs import composite
 from manifold.tools.simulator.observed import Audit
 from manifold.tools.simulator.protocols import Protocols, Roster
 from manifold.tools.simulator.run import build
+from manifold.tools.simulator.schedules import schedules
 from manifold.tools.simulator.workers import Program, Workers
 from manifold.tools.simulator.world import Node, World
 from manifold.vm.kid import Kid, kid_of
@@ -376,16 +376,7 @@ def schedule(seed: int) -> Outcome:
 
 def main(arguments: Sequence[str]) -> int:
     """`python -m manifold.tools.simulator.outbox SEED SCHEDULES`."""
-    begin, count = (int(each) for each in arguments)
-    begun_s = time.process_time()
-    for seed in range(begin, begin + count):
-        outcome = schedule(seed)
-        if outcome.failures:
-            print("\n".join([f"FAILED at seed {seed}:", *outcome.failures]))
-            return 1
-    rate = count / (time.process_time() - begun_s)
-    print(f"{count} schedules; {rate:.0f} a second of processor time")
-    return 0
+    return schedules(schedule, arguments)
 
 
 if __name__ == "__main__":

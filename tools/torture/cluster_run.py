@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -25,7 +24,7 @@ from manifold.kernel.nexus.values import Get
 from manifold.tools.torture.cluster_plan import plan
 from manifold.tools.torture.links import operate
 from manifold.tools.torture.registers import Registers, size
-from manifold.tools.torture.report import ClusterReport
+from manifold.tools.torture.report import ClusterReport, Options
 from manifold.tools.torture.stage import AGAIN_S, CONVERGE_S, Scene, Stage, staged
 from manifold.tools.torture.work import Ran
 from manifold.tools.torture.work_clients import ENDING_S, Spec
@@ -41,16 +40,6 @@ WORK_S = (
 IDLE_S = 45.0
 ASK_MS = 2000.0
 READ_S = 30.0  # for the final value of each counter
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    seed: int
-    seconds: float
-    nodes: int = 7
-    voters: int = 5
-    folder: Path = Path()
-    keep: bool = False  # the nodes' logs and disks
 
 
 async def torture_cluster(options: Options, say: Callable[[str], None]) -> ClusterReport:

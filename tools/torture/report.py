@@ -1,9 +1,22 @@
-"""What a run came to."""
+"""What a run is asked for, and what it came to."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`folder` is where histories of failures are written."""
+
+    seed: int
+    seconds: float
+    nodes: int = 7
+    voters: int = 5
+    folder: Path = Path()
+    keep: bool = False  # the nodes' logs and disks
 
 
 @dataclass(slots=True)

@@ -12,26 +12,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 from manifold.tools.torture.plan import plan
 from manifold.tools.torture.registers import Registers
-from manifold.tools.torture.report import Report
+from manifold.tools.torture.report import Options, Report
 from manifold.tools.torture.stage import Scene, staged
 
 CLIENTS_PER_NODE = 2
 CLIENTS_END_S = 15.0  # a client ends with its operation: TRIES_MAX of PATIENCE_MS
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    seed: int
-    seconds: float
-    nodes: int = 7
-    voters: int = 5
-    folder: Path = Path()
-    keep: bool = False  # the nodes' logs and disks
 
 
 async def torture(options: Options, say: Callable[[str], None]) -> Report:

@@ -15,8 +15,8 @@ import msgspec
 from manifold.kernel.nexus.configs import VOTERS_MAX
 from manifold.shells.verbs.common import Finite, json_option, print_json
 from manifold.tools.torture import cluster_run
-from manifold.tools.torture.report import ClusterReport, Report
-from manifold.tools.torture.run import Options, torture
+from manifold.tools.torture.report import ClusterReport, Options, Report
+from manifold.tools.torture.run import torture
 from manifold.tools.torture.stage import Say
 
 R = TypeVar("R")
@@ -80,7 +80,7 @@ def cluster(
     """
     voters = voters or (5 if nodes >= 5 else 3 if nodes >= 3 else 1)
     _refuse_voters(voters, nodes)
-    options = cluster_run.Options(seed, minutes * 60, nodes, voters, Path(), keep)
+    options = Options(seed, minutes * 60, nodes, voters, Path(), keep)
     say: Say = (lambda line: None) if as_json else click.echo
     report = asyncio.run(_interruptible(cluster_run.torture_cluster(options, say)))
     return _tell(report, as_json)

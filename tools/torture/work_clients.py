@@ -25,6 +25,7 @@ from manifold.kernel.errors import ManifoldError, Maybe, ProcessDied, Trap
 from manifold.shells.sdk.client import Client
 from manifold.shells.sdk.future import Future
 from manifold.shells.sdk.jobs import new_job
+from manifold.tools.torture.stdin import when_stdin_ends
 from manifold.tools.torture.work import KINDS, Mode, Ran, Work, called, deal, piece, program
 
 THINK_S = 0.15  # on average, between two pieces of work of a client
@@ -215,14 +216,7 @@ async def _gathered(futures: Sequence[Future]) -> list[int | None]:
 
 async def serve(path: str, spec: Spec) -> None:
     loop = asyncio.get_running_loop()
-    stopped = asyncio.Event()
-
-    def heard() -> None:
-        if not os.read(0, 4096):
-            loop.remove_reader(0)
-            stopped.set()
-
-    loop.add_reader(0, heard)
+    stopped = when_stdin_ends(loop)
     with open(path, "ab", buffering=0) as file:
         encode = msgspec.json.Encoder().encode
 

@@ -19,6 +19,7 @@ import uvloop
 from manifold.tools.torture import history
 from manifold.tools.torture.callers import Caller
 from manifold.tools.torture.links import Links, ask
+from manifold.tools.torture.stdin import when_stdin_ends
 
 
 class Spec(msgspec.Struct, frozen=True):
@@ -33,14 +34,7 @@ class Spec(msgspec.Struct, frozen=True):
 
 async def serve(path: str, spec: Spec) -> None:
     loop = asyncio.get_running_loop()
-    stopped = asyncio.Event()
-
-    def heard() -> None:
-        if not os.read(0, 4096):
-            loop.remove_reader(0)
-            stopped.set()
-
-    loop.add_reader(0, heard)
+    stopped = when_stdin_ends(loop)
     links = {number: Links(spec.cluster, os.environ, spec.aliases) for number, _ in spec.clients}
     with open(path, "ab", buffering=0) as file:  # whoever waits for us sees that we have begun
         callers = [
