@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from manifold.kernel import messages as m
-from manifold.kernel.errors import Unavailable
+from manifold.kernel.errors import ManifoldError, Unavailable
 from manifold.kernel.nexus.messages import GetNexus, NexusInfo
 from manifold.shells.sdk import Client
 from manifold.tools.emulator.testing import TestCluster
@@ -137,3 +137,22 @@ def test_a_minority_keeps_running_and_what_it_queues_runs_once(
     assert outside.globals.get("counter") == 5 + 20 + 30 + 40
     assert state(outside, unwanted) in ("cancelled", "")
     assert inside.globals.get("y") == 3
+
+
+def test_a_full_outbox_says_what_to_do(manifold_clusters: Start) -> None:
+    """Three nodes, two of which are gone: what is left of the voters is no majority."""
+    cluster = manifold_clusters(3, overrides={"nexus.voters": "3"})
+    alone, *others = cluster.aliases
+    both = Halves(cluster, [alone], others, alone, "")
+    client = cluster.client(alone)
+    until(lambda: client.ask(GetNexus()).known, "it knows the voters")
+    cut(both)
+    first = client.job(COUNTER, 0, 1, reduce="count", detach=True)
+    until(lambda: client.status(first.job).state == "queued", "it knows that it is cut off")
+    futures = [client.job(COUNTER, 0, 1, reduce="count", detach=True) for _ in range(256)]
+    with pytest.raises(ManifoldError, match="outbox is full: 256 jobs") as refused:
+        futures[-1].result(WAIT_S)
+    assert refused.value.code == "busy"
+    assert "manifold nexus status" in refused.value.next_step
+    cluster.heal()
+    until(lambda: client.globals.get("counter", default=0) == 256, "what was taken has run")
