@@ -6,7 +6,7 @@ by `admit`, `dismiss`, `settle` and `mark`, read by `admits`, `counted` and `fou
 Invariants:
   M1  an effect whose mark may be gone is never applied: marks go only with their position settled,
       or with their job, and then the effect is refused;
-  M2  a job that was dismissed, or that was pushed out, is not admitted again by a late `Admit`;
+  M2  a job that was dismissed is not admitted again by a late `Admit`;
   M3  settled ranges of a job are sorted, not empty, and neither overlap nor touch.
 Bounds of an encoding: 64 jobs of 72 B, 1 024 ranges of 19 B and 2 048 marks of 28 B in all, 64
 digests of 9 B: under 81 KiB. A mark of a small number at a small position takes 6 B, 2 048 12 KiB.
@@ -18,7 +18,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import blake3
 import msgspec
@@ -27,7 +27,7 @@ from msgspec import Meta
 from manifold.kernel.nexus.ballots import COUNTER_MAX
 
 INT_MIN, INT_MAX = -(1 << 63), (1 << 63) - 1
-JOBS_MAX = 64  # admitted to one register; a further one pushes out the oldest
+JOBS_MAX = 64  # admitted to one register; a further one has to wait
 MARKS_MAX = 2048  # of one register: 64 nodes with a block of 32 effects each that is not counted
 RANGES_MAX = 1024  # settled ranges of one register: what does not fit keeps its marks
 GONE_MAX = 64  # jobs that were dismissed: a late `Admit` is some of them late, not all
@@ -113,17 +113,22 @@ class Book:
     def admits(self, name: str) -> bool:
         return name in self._jobs
 
-    def admit(self, name: str) -> bool:
-        """False: it was dismissed (M2)."""
+    def admit(self, name: str) -> Literal["ok", "refused", "busy"]:
+        """`refused`: it was dismissed (M2). `busy`: there is no room until another one is."""
         if name in self._jobs:
-            return True
+            return "ok"
         if digest_of(name) in self._gone:
-            return False
+            return "refused"
         if len(self._jobs) >= JOBS_MAX:
-            self.dismiss(next(iter(self._jobs)))
+            return "busy"
         self._jobs[name] = Job(name)
         self._changed = True
-        return True
+        return "ok"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the jobs, in the order of their admission."""
+        return tuple(self._jobs)
 
     def dismiss(self, name: str) -> None:
         """Its marks go; nothing of it is applied from now on."""

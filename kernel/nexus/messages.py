@@ -19,6 +19,7 @@ from manifold.kernel.nexus.ballots import COUNTER_MAX, ZERO, Ballot
 from manifold.kernel.nexus.configs import VOTERS_MAX, Config, Epoch, KidText
 from manifold.kernel.nexus.values import (
     COUNTED,
+    CROWDED,
     FENCED,
     FULL,
     MISMATCH,
@@ -41,10 +42,12 @@ from manifold.kernel.nexus.values import (
     Status,
     Ttl,
     Value,
+    crowd,
 )
 
 __all__ = [  # what others need of values.py; the rest of this module is theirs anyway
     "COUNTED",
+    "CROWDED",
     "FENCED",
     "FULL",
     "MISMATCH",
@@ -61,6 +64,7 @@ __all__ = [  # what others need of values.py; the rest of this module is theirs 
     "Lease",
     "Propose",
     "Put",
+    "crowd",
 ]
 
 SHARDS = 16  # floors per voter; a collapse raises one, which makes new keys of a 16th start higher

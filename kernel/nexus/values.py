@@ -150,8 +150,8 @@ class Release(msgspec.Struct, frozen=True, array_like=True, tag="x.release"):
 class Admit(msgspec.Struct, frozen=True, array_like=True, tag="x.admit"):
     """From now on effects of this job are applied here; `refused` once it was dismissed.
 
-    May be repeated by anybody. An absent register stays absent, and is kept. The 65th job pushes
-    out the oldest, as if that were dismissed.
+    May be repeated by anybody. An absent register stays absent, and is kept. `busy`, where 64 jobs
+    are admitted: `data` names them (`crowd`), so that those that are over can be dismissed.
     """
 
     job: JobId
@@ -203,7 +203,10 @@ FENCED = "This job is not admitted here: it is over, or the global was deleted m
 COUNTED = "The block of this position is counted already: this run of it came too late."
 MISMATCH = "The register holds a value of another type."
 OVERFLOW = "The sum is outside of 64 bits."
+CROWDED = "As many jobs as a global takes write it: wait until one is over."
 FULL = "Too many effects of blocks that are not counted yet: wait until some are."
+
+_NAMES = msgspec.msgpack.Decoder(tuple[str, ...])
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,8 +353,7 @@ def _apply(
 def _mark(wanted: Marked, version: int, data: Datum, book: Book) -> tuple[Result, Datum]:
     """The result of an operation that marks decide, and the new data where it has changed some."""
     if isinstance(wanted, Admit):
-        admitted = book.admit(wanted.job)
-        return Result("ok", version) if admitted else Result("refused", version, why=FENCED), None
+        return _admit(wanted, version, book), None
     if isinstance(wanted, Dismiss):
         book.dismiss(wanted.job)
         return Result("ok", version), None
@@ -369,6 +371,24 @@ def _mark(wanted: Marked, version: int, data: Datum, book: Book) -> tuple[Result
             return Result("busy", version, why=FULL), None
         book.mark(job, position, k, result.data if isinstance(result.data, int | float) else None)
     return result, data_after
+
+
+def _admit(wanted: Admit, version: int, book: Book) -> Result:
+    match book.admit(wanted.job):
+        case "ok":
+            return Result("ok", version)
+        case "refused":
+            return Result("refused", version, why=FENCED)
+        case "busy":
+            return Result("busy", version, msgspec.msgpack.encode(book.names), why=CROWDED)
+
+
+def crowd(data: Datum) -> tuple[str, ...]:
+    """The jobs that a `busy` answer to `Admit` names."""
+    try:
+        return _NAMES.decode(data) if isinstance(data, bytes) else ()
+    except msgspec.MsgspecError:
+        return ()  # of a release that says something else there
 
 
 def _wish(wish: Put | Propose | Add, version: int, data: Datum) -> tuple[Result, Datum]:

@@ -11,7 +11,8 @@ Invariants:
       drops the job (a compare-and-swap of the record's version tells);
   K2  a position is told to be settled only once the result of its block is in the record;
   K3  a job with effects is begun afresh only where no record of it was ever made;
-  K4  of each job one request to Nexus is under way at a time, so that chunks precede their record.
+  K4  of each job one request to Nexus is under way at a time, so that chunks precede their record;
+  K5  a job is admitted to a global only once it has a record, so a job without one is over.
 Source: design page of the scheduler (checkpoint of the owner's ledger, effects on globals).
 """
 
@@ -29,11 +30,13 @@ from manifold.kernel.nexus.messages import (
     Dismiss,
     Get,
     Put,
+    crowd,
 )
 from manifold.kernel.process.messages import Fault
 from manifold.kernel.scheduler import outcome, records
+from manifold.kernel.scheduler.crowds import Crowds
 from manifold.kernel.scheduler.ledger import Job
-from manifold.kernel.scheduler.messages import ORIGINS_MAX, SETTLED_MAX
+from manifold.kernel.scheduler.messages import ORIGINS_MAX, SETTLED_MAX, JobEvent
 from manifold.kernel.scheduler.outbox import ENTRIES_MAX
 from manifold.kernel.scheduler.records import JobRecord, Run
 from manifold.kernel.scheduler.takeover import (
@@ -42,6 +45,8 @@ from manifold.kernel.scheduler.takeover import (
     Guard,
     Takeover,
     Then,
+    admissions,
+    over,
     owned_of,
     record_of,
 )
@@ -66,6 +71,7 @@ class Keeper(Takeover):
         self._listed: dict[str, None] = {}  # as our register has it
         self._listing = False
         self._keep_after_ms = KEEP_AFTER_MS
+        self._crowds = Crowds(self.guards)
 
     # -- Nexus --------------------------------------------------------------------------------
 
@@ -132,7 +138,7 @@ class Keeper(Takeover):
 
     def _guard(self, job: Job, now_ms: float) -> Guard:
         guard = self.guards[job.job] = Guard(job, now_ms)
-        guard.admit = list(job.spec.effects)
+        guard.admit = admissions(job)
         guard.head = records.head_pieces(job)
         guard.origins = job.origins
         guard.begun = not job.spec.effects and not self._holds(job.job)
@@ -243,7 +249,7 @@ class Keeper(Takeover):
         if guard.over:
             return self._close(guard, now_ms)
         if guard.admit:
-            return self._admit(guard)
+            return self._admit(guard, now_ms)
         if not guard.begun:
             guard.begun = True
             return self._owner.resume(guard.job, now_ms)
@@ -455,8 +461,13 @@ class Keeper(Takeover):
         guard.head, guard.written = records.head_pieces(job), 0  # over the dead one's, with ours
         return self._step(guard, now_ms)
 
-    def _admit(self, guard: Guard) -> list[Effect]:
+    def _admit(self, guard: Guard, now_ms: float) -> list[Effect]:
         """The globals are to take effects of this job; it may be said again by anybody."""
+        name = guard.admit[-1]
+        first = self._crowds.first(name)
+        if first is not None and first is not guard:  # C1
+            guard.since_ms = max(guard.since_ms, first.since_ms)
+            return self._wait(guard, now_ms)
 
         def admitted(answer: Answer, now_ms: float) -> list[Effect]:
             if answer.status == "ok":
@@ -465,14 +476,41 @@ class Keeper(Takeover):
             if answer.status in ("refused", "no"):
                 guard.job.fault = Fault(
                     "refused",
-                    f"The global {guard.admit[-1]} does not take this job: {answer.why}",
+                    f"The global {name} does not take this job: {answer.why}",
                     "Submit it under another id.",
                 )
                 return self._owner.end(guard.job, "failed", now_ms)
+            if answer.status == "busy" and (jobs := crowd(answer.data)):
+                return self._crowded(guard, name, jobs, now_ms)
             return self._wait(guard, now_ms)
 
-        key = f"globals/{guard.admit[-1]}"
-        return self._do(guard, key, Admit(guard.job.job), admitted)
+        return self._do(guard, f"globals/{name}", Admit(guard.job.job), admitted)
+
+    def _crowded(
+        self, guard: Guard, name: str, jobs: tuple[str, ...], now_ms: float
+    ) -> list[Effect]:
+        """There is no room at this global. Whoever asks for all sees whether one could be made."""
+        guard.since_ms = now_ms  # the voters have answered
+        if self._crowds.joined(name, guard):
+            detail = f"{len(jobs)} jobs write {name} already"
+            self._owner.events.append(JobEvent("waits", guard.job.job, detail))
+        if self._crowds.first(name) is not guard:
+            return self._wait(guard, now_ms)
+        suspect = self._crowds.suspect(name, jobs)
+
+        def read(answer: Answer, now_ms: float) -> list[Effect]:
+            try:
+                record = record_of(answer)
+            except records.Damaged:
+                return self._wait(guard, now_ms)  # another release wrote it: it is left alone
+            if answer.status != "ok" or not over(record):
+                return self._wait(guard, now_ms)
+            return self._do(guard, f"globals/{name}", Dismiss(suspect), dismissed)
+
+        def dismissed(answer: Answer, now_ms: float) -> list[Effect]:
+            return self._step(guard, now_ms) if answer.status == "ok" else self._wait(guard, now_ms)
+
+        return self._do(guard, records.job_key(suspect), Get(), read)
 
     def _close(self, guard: Guard, now_ms: float) -> list[Effect]:
         """Its end is recorded: nothing of it has effects any more; the record stays for a while."""

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from manifold.kernel.scheduler.owner import Owner
 
 HANDED_MAX = 16  # entries on their way into Nexus at a time: some three registers each
-WRITING_MAX = 16  # jobs with effects: a register admits 64, and the 65th pushes out one that runs
 JITTER_MS = 2000  # nodes that are back at the same moment do not ask at the same moment
 TICK_MS = 250.0  # while anything waits
 KID_DIGITS = 8  # of a KID: which part of the jitter is this node's
@@ -154,11 +153,7 @@ class Queue:
         if now_ms < self._due_ms or not self.outbox.waiting:
             return []
         effects: list[Effect] = []
-        writing = sum(bool(job.spec.effects) for job in self._owner.jobs.values())
         for entry in self.outbox.next(HANDED_MAX):
-            writing += bool(entry.job.spec.effects)
-            if entry.job.spec.effects and writing > WRITING_MAX:
-                break  # Q2: nobody overtakes it
             effects += self._hand_over(entry, now_ms)
         return effects
 

@@ -308,13 +308,23 @@ class Takeover(ABC):
             job = mine
         guard = self.guards[job.job] = Guard(job, now_ms, claim.generation)
         guard.earlier, guard.version, guard.claimed = list(claim.chunks), version, True
-        guard.saved, guard.admit = saved, list(job.spec.effects)
+        guard.saved, guard.admit = saved, admissions(job)
         guard.fresh = records.runs_of(claim.tail)  # K2: they are in no chunk yet
         guard.origins = claim.origins
         guard.begun = not job.spec.effects and not self._holds(job.job)
         job.held = not guard.begun
         effects = self._owner.adopt(job, waiting is None, now_ms)
         return effects + self._step(guard, now_ms)
+
+
+def admissions(job: Job) -> list[str]:
+    """The globals that are to take its effects, the first to be asked at the end (C2)."""
+    return sorted(job.spec.effects, reverse=True)
+
+
+def over(record: JobRecord | None) -> bool:
+    """Whether a job that has had a record is over, as what is there now tells."""
+    return record is None or record.state != "running"
 
 
 def owned_of(answer: Answer) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from manifold.kernel.nexus.marks import JOBS_MAX
 from manifold.kernel.nexus.messages import Answer, GetNexus, NexusInfo, Operate
 from manifold.kernel.nexus.values import Get
 from manifold.shells.sdk import Client, Future
@@ -144,6 +145,18 @@ def test_each_effect_on_a_global_is_there_once_while_nodes_are_killed(
     future = client.job(COUNTER, 0, 200, reduce="count")
     assert client.wait(future, on_the_way(0.3, strike)) == 200
     assert value_of(client, "counter") == 200
+
+
+def test_more_jobs_than_a_global_takes_at_a_time_have_their_turns(manifold_clusters: Start) -> None:
+    """Also where one of those that had a place is killed with its node."""
+    cluster = started(manifold_clusters, 4)
+    clients = [cluster.client(alias) for alias in cluster.aliases[:3]]
+    futures = [
+        client.job(COUNTER, 0, 3, reduce="count") for client in clients for _ in range(JOBS_MAX)
+    ]
+    cluster.kill(cluster.aliases[3])
+    assert [future.result(WAIT_S) for future in futures] == [3] * len(futures)
+    assert value_of(clients[0], "counter") == 3 * len(futures)
 
 
 def test_a_job_that_is_submitted_twice_has_its_effects_once(manifold_clusters: Start) -> None:

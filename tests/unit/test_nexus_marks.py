@@ -24,6 +24,7 @@ from manifold.kernel.nexus.marks import (
 from manifold.kernel.nexus.messages import Operate, Request
 from manifold.kernel.nexus.values import (
     COUNTED,
+    CROWDED,
     FENCED,
     FULL,
     MISMATCH,
@@ -44,6 +45,7 @@ from manifold.kernel.nexus.values import (
     Wanted,
     absent,
     change,
+    crowd,
 )
 
 B1 = Ballot(1, "n", 1, 7)
@@ -228,12 +230,22 @@ def test_a_register_full_of_marks_is_busy_until_something_settles() -> None:
     assert register.value.data == MARKS_MAX + 1
 
 
-def test_a_65th_job_pushes_out_the_oldest_for_good() -> None:
-    register = Register(*(Admit(f"j{n}") for n in range(JOBS_MAX + 1)))
-    assert register.do(Effect("j0", 0, 0, Add(1))).why == FENCED
-    assert register.do(Admit("j0")).why == FENCED
-    assert register.do(Effect("j1", 0, 0, Add(1))).status == "ok"
-    assert register.do(Effect(f"j{JOBS_MAX}", 0, 0, Add(1))).status == "ok"
+def test_a_65th_job_waits_and_is_told_who_is_there() -> None:
+    names = [f"j{n}" for n in range(JOBS_MAX)]
+    register = Register(*(Admit(name) for name in names))
+    result = register.do(Admit("late"))
+    assert (result.status, result.why, crowd(result.data)) == ("busy", CROWDED, tuple(names))
+    assert register.do(Effect("late", 0, 0, Add(1))).why == FENCED
+    assert register.do(Admit("j0")).status == "ok"  # it is there already
+    register.do(Dismiss("j7"))
+    assert register.do(Admit("j7")).why == FENCED
+    assert register.do(Admit("late")).status == "ok"
+    assert register.do(Effect("late", 0, 0, Add(1))).status == "ok"
+    assert register.do(Effect("j0", 0, 0, Add(1))).status == "ok"
+
+
+def test_what_another_release_says_there_names_nobody() -> None:
+    assert crowd(None) == crowd(b"\xc1") == crowd(b"\x01") == crowd(7) == ()
 
 
 def test_deleting_a_register_ends_what_jobs_may_do_to_it() -> None:
@@ -324,9 +336,10 @@ def test_whatever_is_asked_how_often_each_effect_is_applied_once(
 
 def test_the_largest_value_is_what_its_comment_says_and_survives_the_wire() -> None:
     book = Book(None)
-    for number in range(GONE_MAX + JOBS_MAX):
-        book.admit(f"{number:064}")
+    for number in range(GONE_MAX):
+        book.dismiss(f"{number:064}")
     names = [f"{number:064}" for number in range(GONE_MAX, GONE_MAX + JOBS_MAX)]
+    assert [book.admit(name) for name in names] == ["ok"] * JOBS_MAX
     high = (1 << 62) - 1
     for place, name in enumerate(names):
         each = [

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
-
-import msgspec
 import pytest
 
-from manifold.kernel.effects import Effect, Held, Send
+from manifold.kernel.effects import Held, Send
 from manifold.kernel.errors import Busy
 from manifold.kernel.scheduler import outbox as boxes
 from manifold.kernel.scheduler.ledger import Job
 from manifold.kernel.scheduler.messages import JobSpec, Stored
 from manifold.kernel.scheduler.outbox import ENTRIES_MAX, PREFIX, Outbox
-from manifold.kernel.scheduler.queueing import JITTER_MS, WRITING_MAX, Queue
 from manifold.vm.kid import kid_of
 
 ME = kid_of(b"me")
@@ -92,37 +86,3 @@ def test_a_damaged_record_is_named_and_costs_no_other() -> None:
     again = Outbox(ME)
     assert again.load(disk, 0.0) == [PREFIX + "J-bad"]
     assert list(again.entries) == [f"J-{1:016x}"]
-
-
-class Keeper:
-    known = True
-
-    def __init__(self) -> None:
-        self.looked: list[str] = []
-
-    def look(self, name: str) -> list[Effect]:
-        self.looked.append(name)
-        return []
-
-
-def test_no_more_jobs_with_effects_are_handed_over_than_a_register_admits() -> None:
-    keeper = Keeper()
-    owner: Any = SimpleNamespace(
-        me=ME, jobs={}, keeper=keeper, events=[], config=SimpleNamespace(jobs=4096)
-    )
-    queue = Queue(owner)
-    for number in range(2 * WRITING_MAX):
-        writes = msgspec.structs.replace(job(number).spec, effects=("x",))
-        queue.outbox.stored(stored(queue.outbox.put(replace(job(number), spec=writes))))
-    for at_ms in (0.0, JITTER_MS + 1.0):
-        queue.tick(at_ms)
-    first = [f"J-{number:016x}" for number in range(WRITING_MAX)]
-    assert keeper.looked == first
-    for name in first:
-        assert queue.take(name) is not None  # its owner has it now
-        queue.outbox.stored(stored(queue.outbox.leave(queue.outbox.entries[name])))
-    queue.tick(JITTER_MS + 2.0)
-    assert keeper.looked == first  # they run
-    del owner.jobs[first[0]]
-    queue.tick(JITTER_MS + 3.0)
-    assert keeper.looked == [*first, f"J-{WRITING_MAX:016x}"]
