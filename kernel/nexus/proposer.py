@@ -29,6 +29,7 @@ from dataclasses import replace
 from manifold.kernel.nexus.ballots import ZERO, Ballot, following
 from manifold.kernel.nexus.configs import Config
 from manifold.kernel.nexus.context import Context
+from manifold.kernel.nexus.gathering import GATHER_MS
 from manifold.kernel.nexus.messages import (
     Accept,
     Accepted,
@@ -128,6 +129,8 @@ class Proposer:
             batch = [register.queue.popleft() for _ in range(min(BATCH_MAX, len(register.queue)))]
             self._begin(register, Phase.READ, ZERO, batch, self.config)
             return
+        if register.tries == 0 and self._gathers(register):
+            return
         batch = self._batch(register.queue)
         cache, register.cache = register.cache, None
         fresh = all(not operation.sent for operation in batch)
@@ -135,6 +138,22 @@ class Proposer:
             self._propose_cached(register, cache, batch, self.config)
             return
         self._begin(register, Phase.PREPARE, self._next_ballot(register), batch, self.config)
+
+    def _gathers(self, register: Register) -> bool:
+        """Whether its next round waits for more operations."""
+        gathering = register.gathering
+        waited = gathering.open
+        waits = gathering.waits(len(register.queue))
+        if waits and not waited:
+            number = gathering.number
+
+            def over(_now_ms: float) -> None:
+                if gathering.open and gathering.number == number:
+                    gathering.missed()
+                    self._kick(register)
+
+            self._context.later(GATHER_MS, over)
+        return waits
 
     def _propose_cached(
         self, register: Register, cache: Cache, batch: list[Operation], config: Config
@@ -216,6 +235,7 @@ class Proposer:
     def _ask_the_spared(self, register: Register, begun: Round) -> None:
         spared = begun.spared()
         if spared:
+            self._thrift.ended(begun.rid, begun.sent_ms, begun.missing())
             begun.asked, begun.spared_ms = begun.kids, self._context.now_ms
             self._send(register, begun, spared)
 
@@ -273,7 +293,9 @@ class Proposer:
                     self._read(register, begun)
             case Accepted() if begun.phase is Phase.ACCEPT:
                 begun.promised[source] = message.promised
-                if not math.isfinite(begun.spared_ms):
+                if math.isfinite(begun.spared_ms):
+                    self._thrift.heard_late(source, begun.rid)
+                else:
                     self._thrift.heard(source, self._context.now_ms - begun.sent_ms)
                 if begun.enough(begun.promised):
                     self._chosen(register, begun)
@@ -365,6 +387,7 @@ class Proposer:
         elif begun.value.dead:
             self.on_tombstone(register.key)
         register.tries = 0
+        register.gathering.ended(len(begun.batch), len(register.queue), BATCH_MAX)
         self._tell(begun.batch, begun.results)
         self._kick(register)
 
@@ -373,8 +396,11 @@ class Proposer:
         if spared:
             left = Left(spared, begun.config.epoch, begun.ballot, value)
             self._thrift.chosen(key, left)
-        else:
-            self._thrift.caught_up(key)
+            return
+        self._thrift.caught_up(key)
+        late = begun.missing()
+        if late and not math.isfinite(begun.spared_ms):
+            self._thrift.ended(begun.rid, begun.sent_ms, late)
 
     def _refused(self, source: Kid, message: Nack, register: Register, begun: Round) -> None:
         register.highest = max(register.highest, message.most)

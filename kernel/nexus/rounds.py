@@ -15,6 +15,7 @@ import msgspec
 
 from manifold.kernel.nexus.ballots import ZERO, Ballot
 from manifold.kernel.nexus.configs import Config
+from manifold.kernel.nexus.gathering import Gathering
 from manifold.kernel.nexus.messages import Promise, ReadReply
 from manifold.kernel.nexus.values import Change, Get, Marked, Result, Value, Wanted, absent
 from manifold.vm.kid import Kid
@@ -188,6 +189,7 @@ class Register:
     contended_until_ms: float = float("-inf")
     highest: Ballot = ZERO  # heard of in a refusal
     missing: tuple[Kid, ...] = ()  # voters that said nothing in the last round that failed
+    gathering: Gathering = field(default_factory=Gathering)
 
     @property
     def idle(self) -> bool:

@@ -10,7 +10,8 @@ Now and then a round asks everybody, so that it is known how fast each of them i
 
 Interface: `few(key, config)` says who is asked first, None for everybody, and `begun(rid)` which
 round that was; `silent(kid)`, `heard(kid, took_ms)` and `heard_late(kid, rid)` tell who is to be
-passed over; `chosen(…)` notes who was left out, `caught_up(key)` that nobody is any more.
+passed over, `ended(…)` who is late in a round; `chosen(…)` notes who was left out,
+`caught_up(key)` that nobody is any more.
 Invariants:
   T1  it only delays messages, as a network may: safety does not depend on anything here;
   T2  at most BEHIND_MAX keys are noted; the oldest is told at once to make room. At most TELL_MAX
@@ -33,10 +34,12 @@ from manifold.kernel.nexus.values import Value
 from manifold.vm.kid import Kid
 
 HEDGE_MS_MIN = 2.0  # a local round trip with two syncs, twice
+LATE_MS = 50.0  # without one answer in time: a stall of a busy machine is shorter
 PROBE_MS = 1000.0  # a round to everybody so often, while there are rounds
 BEHIND_MAX = 256  # keys; a value has at most 165 KiB: 42 MiB
 TELL_MAX = 32  # keys in one event: 5.3 MiB of the 8 MiB that a peer's queue takes
 TELL_GAP_MS = 5.0  # between two such events; the queue has left by then
+ENDED_MAX = 1024  # rounds of 64 keys, 16 of each
 CHOICES_MAX = 16_384  # as many keys as the proposer holds registers
 
 
@@ -65,9 +68,11 @@ class Thrift:
         self._context = context
         self._passed: dict[Kid, Passed] = {}
         self._paces: dict[Kid, Pace] = {}  # of those that were asked first
+        self._late_ms: dict[Kid, float] = {}  # since when no answer of theirs came in time
         self._probe_at_ms = float("-inf")
         self._probes = False  # the round that begins asks everybody, to see
-        self._probe = (0, 0.0)  # the number of such a round, and when it began
+        self._probe = 0  # the number of such a round
+        self._ended: dict[int, tuple[float, tuple[Kid, ...]]] = {}  # when they began, who is late
         self._choices: dict[str, tuple[Kid, ...] | None] = {}
         self._epoch = 0
         self._behind: dict[str, Left] = {}
@@ -83,6 +88,7 @@ class Thrift:
             self._epoch = config.epoch
             self._choices.clear()
             self._passed.clear()
+            self._late_ms.clear()
             self._paces.clear()
             self._probe_at_ms = float("-inf")
         if self._context.now_ms >= self._probe_at_ms:
@@ -102,7 +108,7 @@ class Thrift:
     def begun(self, rid: int) -> None:
         """The round that `few` was asked for has this number."""
         if self._probes:
-            self._probes, self._probe = False, (rid, self._context.now_ms)
+            self._probes, self._probe = False, rid
 
     def _is_passed(self, kid: Kid, now_ms: float) -> bool:
         passed = self._passed.get(kid)
@@ -129,8 +135,11 @@ class Thrift:
         return max(HEDGE_MS_MIN, min(pace.mean_ms + 4 * pace.deviation_ms for pace in paces))
 
     def silent(self, kid: Kid) -> None:
-        """It did not answer in time: others are asked first for a while, each time for longer."""
+        """It did not answer in time. Where that goes on others are asked first for a while, each
+        time for longer; a single stall is one of the machine, and of all."""
         timing, now_ms = self._context.timing, self._context.now_ms
+        if now_ms - self._late_ms.setdefault(kid, now_ms) < LATE_MS:
+            return
         passed = self._passed.get(kid)
         if passed is None:
             self._passed[kid] = Passed(now_ms + timing.doubt_ms, 2 * timing.doubt_ms)
@@ -143,20 +152,35 @@ class Thrift:
         as good as the others."""
         if kid == self._context.me:
             return
+        self._late_ms.pop(kid, None)
+        self._took(kid, took_ms)
+        passed = self._passed.get(kid)
+        if passed is not None and self._context.now_ms >= passed.until_ms:
+            del self._passed[kid]
+
+    def _took(self, kid: Kid, took_ms: float) -> None:
         pace = self._paces.get(kid)
         if pace is None:
             self._paces[kid] = Pace(took_ms, took_ms / 2)
         else:
             pace.took(took_ms)
-        passed = self._passed.get(kid)
-        if passed is not None and self._context.now_ms >= passed.until_ms:
-            del self._passed[kid]
+
+    def ended(self, rid: int, began_ms: float, late: tuple[Kid, ...]) -> None:
+        """A round is over without those who were asked first and have not answered."""
+        if len(self._ended) >= ENDED_MAX:
+            del self._ended[next(iter(self._ended))]
+        self._ended[rid] = (began_ms, late)
 
     def heard_late(self, kid: Kid, rid: int) -> None:
-        """It has answered a round that was over."""
-        number, began_ms = self._probe
-        if rid == number:
-            self.heard(kid, self._context.now_ms - began_ms)
+        """It has answered a round that was over, or after others were asked."""
+        began_ms, late = self._ended.get(rid, (0.0, ()))
+        if kid not in late:
+            return
+        took_ms = self._context.now_ms - began_ms
+        if rid == self._probe:
+            self.heard(kid, took_ms)
+        else:
+            self._took(kid, took_ms)  # else only those would count that were quick
 
     # -- who was left out -------------------------------------------------------------------------
 

@@ -11,7 +11,15 @@ from manifold.kernel.nexus.configs import Voter, first_config
 from manifold.kernel.nexus.context import Context, Timing
 from manifold.kernel.nexus.messages import Accept, Operate
 from manifold.kernel.nexus.protocol import Nexus
-from manifold.kernel.nexus.thrift import BEHIND_MAX, TELL_GAP_MS, TELL_MAX, Left, Thrift
+from manifold.kernel.nexus.thrift import (
+    BEHIND_MAX,
+    ENDED_MAX,
+    LATE_MS,
+    TELL_GAP_MS,
+    TELL_MAX,
+    Left,
+    Thrift,
+)
 from manifold.kernel.nexus.values import Get, Put, Value
 from manifold.tools.simulator.faults import Faults
 from manifold.tools.simulator.nexus import Harness, Plan
@@ -78,6 +86,8 @@ def test_who_is_silent_is_passed_over_for_longer_and_longer_until_it_answers() -
     if first == second:
         second = KIDS[2]
     spans = []
+    asks.silent(first)
+    context.now_ms += LATE_MS
     for _ in range(4):
         asks.silent(first)
         begun_ms = context.now_ms
@@ -88,8 +98,43 @@ def test_who_is_silent_is_passed_over_for_longer_and_longer_until_it_answers() -
     assert spans == [100.0, 200.0, 400.0, 400.0]
     asks.heard(first, 1.0)
     asks.silent(first)
+    context.now_ms += LATE_MS
+    asks.silent(first)
     context.now_ms += 100.0
     assert chosen(asks) == (KIDS[0], first), "it began anew"
+
+
+def test_a_stall_is_no_reason_to_pass_anybody_over() -> None:
+    """Of a busy machine all processes stall now and then."""
+    asks, context = thrift()
+    before = chosen(asks)
+    for _ in range(20):
+        for kid in KIDS[1:3]:
+            asks.silent(kid)
+        context.now_ms += LATE_MS - 1.0
+        for kid in KIDS[1:3]:
+            asks.silent(kid)
+            asks.heard(kid, 1.0)
+        assert chosen(asks) == before
+
+
+def test_late_answers_count_for_the_pace_else_only_the_quick_would() -> None:
+    asks, context = thrift()
+    for kid in KIDS[1:3]:
+        asks.heard(kid, 1.0)
+    quick_ms = asks.hedge_ms()
+    for rid in range(10, 10 + ENDED_MAX):
+        asks.ended(rid, context.now_ms, KIDS[1:3])
+        context.now_ms += 20.0
+        for kid in KIDS[1:3]:
+            asks.heard_late(kid, rid)
+    assert quick_ms < 20.0 < asks.hedge_ms()
+    asks.ended(9, context.now_ms, KIDS[1:2])
+    context.now_ms += 2000.0
+    late_ms = asks.hedge_ms()
+    asks.heard_late(KIDS[1], 10)  # so long ago that it is forgotten
+    asks.heard_late(KIDS[2], 9)  # it was asked later: nobody knows how long it took
+    assert asks.hedge_ms() == late_ms
 
 
 def chosen(asks: Thrift) -> tuple[Kid, ...] | None:
@@ -112,8 +157,9 @@ def test_the_others_are_asked_as_soon_as_the_fastest_would_have_answered() -> No
     context.now_ms = 1.0
     asks.heard(KIDS[1], 1.0)
     context.now_ms = 30.0
-    asks.heard_late(KIDS[2], 99)  # of no round that asked everybody
+    asks.heard_late(KIDS[2], 99)  # of no round that is known
     assert asks.hedge_ms() == 3.0
+    asks.ended(1, 0.0, KIDS[2:3])
     asks.heard_late(KIDS[2], 1)  # slow from the beginning, and still no measure for itself
     assert asks.hedge_ms() == 3.0
     for _ in range(50):
@@ -122,9 +168,11 @@ def test_the_others_are_asked_as_soon_as_the_fastest_would_have_answered() -> No
 
 
 def test_where_too_many_are_silent_everybody_is_asked() -> None:
-    asks, _ = thrift()
-    asks.silent(KIDS[1])
-    asks.silent(KIDS[2])
+    asks, context = thrift()
+    for _ in range(2):
+        asks.silent(KIDS[1])
+        asks.silent(KIDS[2])
+        context.now_ms += LATE_MS
     assert [asks.few("k", THREE) for _ in range(3)] == [None] * 3
 
 
