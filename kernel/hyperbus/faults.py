@@ -28,7 +28,8 @@ _BY_CODE: dict[str, type[ManifoldError]] = {
 
 
 def to_failure(error: ManifoldError) -> Failure:
-    return Failure(error.code, error.message[:65_536], error.next_step[:4096])
+    retry_ms = error.retry_ms if isinstance(error, errors.Busy) else 0
+    return Failure(error.code, error.message[:65_536], error.next_step[:4096], retry_ms)
 
 
 def to_error(failure: Failure) -> ManifoldError:
@@ -36,4 +37,6 @@ def to_error(failure: Failure) -> ManifoldError:
     kind = _BY_CODE.get(failure.code, ManifoldError)
     error = kind(failure.message, failure.next_step)
     error.code = failure.code
+    if isinstance(error, errors.Busy):
+        error.retry_ms = failure.retry_ms
     return error

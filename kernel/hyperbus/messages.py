@@ -65,11 +65,15 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True, tag="h.chunk"):
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True, tag="h.failure"):
-    """The answer to a request that could not be served: an error by its code."""
+    """The answer to a request that could not be served: an error by its code.
+
+    `retry_ms`: of `busy`, when to come again; 0: it was not said.
+    """
 
     code: Text
     message: Annotated[str, Meta(max_length=65_536)]
     next_step: Annotated[str, Meta(max_length=4096)] = ""
+    retry_ms: Annotated[int, Meta(ge=0, lt=1 << 31)] = 0
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag="h.hello"):

@@ -267,6 +267,15 @@ def test_an_error_is_the_same_kind_after_its_journey(kind: type[errors.ManifoldE
     assert found.exit_code == sent.exit_code
 
 
+def test_who_is_busy_says_when_to_come_again() -> None:
+    sent = to_failure(errors.Busy("It is full.", retry_ms=1500))
+    found = to_error(msgspec.msgpack.decode(msgspec.msgpack.encode(sent), type=Failure))
+    assert isinstance(found, errors.Busy) and found.retry_ms == 1500
+    old = msgspec.msgpack.encode(["h.failure", "busy", "It is full.", ""])  # before it was said
+    found = to_error(msgspec.msgpack.decode(old, type=Failure))
+    assert isinstance(found, errors.Busy) and found.retry_ms == 0
+
+
 def test_an_error_of_an_unknown_code_keeps_its_code() -> None:
     found = to_error(Failure("of_tomorrow", "It broke."))
     assert type(found) is errors.ManifoldError
