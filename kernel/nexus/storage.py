@@ -167,9 +167,10 @@ class Storage:
         self._finished = ""
 
     def _write(self, payload: bytes, live_bytes: int, changes: Sequence[Change]) -> None:
-        self._file.make_room(self._files, self._sizes.room_bytes, len(payload))
-        self._file.add(self._files, frames.BATCH, payload)
-        self._files.sync(self._file.handle)
+        grown = self._file.make_room(self._files, self._sizes.room_bytes, len(payload))
+        self._file.add(self._files, frames.BATCH, payload, durable=not grown)
+        if grown:  # the room as well
+            self._files.sync(self._file.handle)
         frames.apply(self._records, changes)
         self._live_bytes = live_bytes
         self._free_in_steps()
@@ -269,21 +270,23 @@ class _File:
             undo.pop_all()
         return cls(handle, frames.salt_of(salt), 0, len(header))
 
-    def make_room(self, files: Files, room_bytes: int, payload_bytes: int) -> None:
+    def make_room(self, files: Files, room_bytes: int, payload_bytes: int) -> bool:
         """Allocate ahead: a sync of blocks that the file has already needs no commit of the file
-        system's journal."""
+        system's journal. Whether there is something new to sync."""
         if self.end + payload_bytes <= self.room_end or not room_bytes:
-            return
+            return False
         self.room_end = self.end + payload_bytes + room_bytes
         try:
             files.allocate(self.handle, self.room_end)
         except OSError as fault:
             if fault.errno not in NO_ROOM:
                 raise
+        return True
 
-    def add(self, files: Files, kind: int, payload: bytes) -> None:
+    def add(self, files: Files, kind: int, payload: bytes, *, durable: bool = False) -> None:
         data = frames.frame(kind, self.number, payload, self.salt)
-        files.write(self.handle, data, self.end)
+        put = files.append if durable else files.write
+        put(self.handle, data, self.end)
         self.number += 1
         self.end += len(data)
 

@@ -1,12 +1,13 @@
 """The system calls that an acceptor's storage makes, as one object that a test can replace.
 
 Interface: paths are whole, handles are small integers of the layer's own. Every call either does
-all of what it says or raises OSError. Nothing is durable before `sync` of its file and, for names,
-`sync_folder` of its folder have returned.
+all of what it says or raises OSError. Nothing is durable before `sync` of its file (or `append`
+to it) and, for names, `sync_folder` of its folder have returned.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Protocol
 
 from manifold.kernel.durable import MODE, make_folder, sync_folder
 
+_NOT_AT_ONCE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # of this file system, this kernel
 _FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -34,6 +36,9 @@ class Files(Protocol):
         """The whole file; None where there is none."""
 
     def write(self, handle: int, data: bytes, offset: int) -> None: ...
+
+    def append(self, handle: int, data: bytes, offset: int) -> None:
+        """`write` and `sync` at once, where nothing else waits for a sync."""
 
     def truncate(self, handle: int, size: int) -> None: ...
 
@@ -61,6 +66,7 @@ class Disk:
 
     def __init__(self) -> None:
         self.syncs = 0
+        self._at_once = hasattr(os, "RWF_DSYNC")  # Linux
 
     def make_folder(self, path: Path) -> None:
         make_folder(path)
@@ -93,6 +99,23 @@ class Disk:
         while view:
             done = os.pwrite(handle, view, offset)
             view, offset = view[done:], offset + done
+
+    def append(self, handle: int, data: bytes, offset: int) -> None:
+        if self._at_once:
+            # One system call: the thread has to wait for the interpreter once instead of twice.
+            try:
+                done = os.pwritev(handle, (data,), offset, os.RWF_DSYNC)
+            except OSError as fault:
+                if fault.errno not in _NOT_AT_ONCE:
+                    raise
+                self._at_once = False
+            else:
+                self.syncs += 1
+                if done == len(data):
+                    return
+                data, offset = data[done:], offset + done
+        self.write(handle, data, offset)
+        self.sync(handle)
 
     def truncate(self, handle: int, size: int) -> None:
         os.ftruncate(handle, size)

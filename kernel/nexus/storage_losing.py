@@ -123,6 +123,10 @@ class LosingDisk:
     def write(self, handle: int, data: bytes, offset: int) -> None:
         self._write(self._handles[handle], _Write(offset, bytes(data)))
 
+    def append(self, handle: int, data: bytes, offset: int) -> None:
+        self.write(handle, data, offset)
+        self.sync(handle)
+
     def truncate(self, handle: int, size: int) -> None:
         self._write(self._handles[handle], _Write(size, None))
 

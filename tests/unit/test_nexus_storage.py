@@ -147,6 +147,10 @@ class Machine:
             cut(inode.view, size)
             inode.dirty.append((size, None))
 
+    def append(self, handle: int, data: bytes, offset: int) -> None:
+        self.write(handle, data, offset)
+        self.sync(handle)
+
     def sync(self, handle: int) -> None:
         inode = self.handles[handle]
         try:
