@@ -97,4 +97,4 @@ def test_a_planted_bug_is_caught(plant: Plant, most: int, monkeypatch: Patch) ->
 
 def test_a_registrar_without_fences_is_caught(monkeypatch: Patch) -> None:
     has_no_fences(monkeypatch)
-    assert any(Duel(seed).play().failures for seed in range(10))
+    assert any(Duel(seed).play().failures for seed in range(120))  # one in fifteen, about

@@ -97,13 +97,19 @@ class Exact:
         self.workers.watch(world)
 
     def settled(self, world: World, well: Sequence[Node]) -> str:
-        open_ = [task.job for task in self.clients.tasks if not task.ended]
+        tasks = [task for task in self.clients.tasks if task.ended or not self._waits(task, well)]
+        open_ = [task.job for task in tasks if not task.ended]
         if open_:
             return f"{len(open_)} jobs have not ended: {open_[:3]}"
         if not self._judged:
-            for task in self.clients.tasks:
+            for task in tasks:
                 self._judge(task)
         return ""
+
+    def _waits(self, task: Task, well: Sequence[Node]) -> bool:
+        """Queued at a node that stays cut off: for as long as that lasts (docs/outbox.md)."""
+        queued = task.status is not None and task.status.state == "queued"
+        return queued and self._world.nodes[task.home] not in well
 
     def summary(self) -> str:
         ends = ", ".join(f"{count} {how}" for how, count in sorted(self._ends.items()))

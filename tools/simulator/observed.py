@@ -6,7 +6,7 @@ says what J2 to J7 mean.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -45,7 +45,7 @@ class Audit:
     failures: list[str] = field(default_factory=list)
     counted: int = 0
     fenced: int = 0  # reports with results that came too late to count
-    _blocks: dict[tuple[Kid, int, str], set[int]] = field(default_factory=dict)
+    _blocks: dict[tuple[Kid, int, str], tuple[Job, set[int]]] = field(default_factory=dict)
     _attempts: dict[Key, tuple[Kid, int]] = field(default_factory=dict)
     _given_up: dict[Key, int] = field(default_factory=dict)  # from this block on
     _acknowledged: dict[tuple[Key, int], int] = field(default_factory=dict)  # heard by process
@@ -102,11 +102,7 @@ class Audit:
             if fresh:
                 self.fail(f"J2 {name}: counted {len(fresh)} blocks of a fenced attempt")
             return
-        known = self._blocks.get((*process, report.job))
-        if known is None:  # a job that was taken over begins with what was kept of it
-            every = {at for at, result in enumerate(job.results) if result is not None}
-            known = every.difference(fresh)
-            self._blocks[(*process, report.job)] = known
+        known = self._known(process, job, fresh)
         if known.intersection(fresh):
             self.fail(f"J2 {name}: blocks {fresh} are counted already")
         said = range(report.first, report.first + len(report.results))
@@ -117,6 +113,17 @@ class Audit:
         indices = sum(high - low for low, high in (blocks.positions(job.spec, b) for b in fresh))
         if job.done - before.done != indices or job.counted != len(known):
             self.fail(f"J2 {name}: {job.counted} counted ({job.done}), {len(known)} came")
+
+    def _known(self, process: tuple[Kid, int], job: Job, fresh: Iterable[int]) -> set[int]:
+        """The blocks that this job has counted in this life: one that was taken over begins with
+        what was kept of it, one that moved away and was submitted again with nothing."""
+        found = self._blocks.get((*process, job.job))
+        if found is not None and found[0] is job:
+            return found[1]
+        every = {at for at, result in enumerate(job.results) if result is not None}
+        known = every.difference(fresh)
+        self._blocks[(*process, job.job)] = (job, known)
+        return known
 
 
 class Observed(Core):
