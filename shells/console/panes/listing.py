@@ -20,6 +20,17 @@ from manifold.shells.console.view import Column, Row, Table, TextView
 BESIDE_COLUMNS_MIN = 150  # the table's 95 and a page of 55
 
 
+class Page(TextView):
+    """What is written for its width, and so again when that is another."""
+
+    class Resized(Message):
+        """It has another size now."""
+
+    def on_resize(self, event: events.Resize) -> None:
+        super().on_resize(event)
+        self.post_message(self.Resized())
+
+
 class ListingPane(Horizontal):
     """What nodes and jobs have in common; a subclass says what rows and pages are."""
 
@@ -52,7 +63,7 @@ class ListingPane(Horizontal):
         self._filter = ""
         # Kept by name: rows are shown also while the screen is built or taken down.
         self.table = Table(self.columns, id=f"{id}-table")
-        self.page = TextView(id=f"{id}-page", wrap=False)
+        self.page = Page(id=f"{id}-page", wrap=False)
         self.page.add_class("page")
         self.field = Input(id=f"{id}-filter", placeholder="filter", compact=True)
         self.field.add_class("filter")
@@ -118,6 +129,10 @@ class ListingPane(Horizontal):
     def on_resize(self, event: events.Resize) -> None:
         self.set_class(event.size.width >= BESIDE_COLUMNS_MIN, "-beside")
         self.call_after_refresh(self.update_rows)
+
+    def on_page_resized(self, event: Page.Resized) -> None:
+        event.stop()
+        self._show_page()
 
     @property
     def opened(self) -> bool:

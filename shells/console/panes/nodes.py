@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding
 from textual.containers import Vertical
-from textual.message import Message
 
 from manifold.shells.console.model import Model
-from manifold.shells.console.panes.listing import ListingPane
+from manifold.shells.console.panes.listing import ListingPane, Page
 from manifold.shells.console.tables import (
     NODE_COLUMNS,
     cluster_chart,
@@ -21,20 +19,9 @@ from manifold.shells.console.tables import (
     node_sort,
 )
 from manifold.shells.console.theme import Line
-from manifold.shells.console.view import Row, TextView
+from manifold.shells.console.view import Row
 
 CHART_ROWS_MIN, CHART_ROWS_MAX = 5, 16
-
-
-class Chart(TextView):
-    """What is drawn for its width, and so again when that is another."""
-
-    class Resized(Message):
-        """It has another size now."""
-
-    def on_resize(self, event: events.Resize) -> None:
-        super().on_resize(event)
-        self.post_message(self.Resized())
 
 
 class NodesPane(ListingPane):
@@ -47,7 +34,7 @@ class NodesPane(ListingPane):
 
     def __init__(self, id: str, model: Callable[[], Model], now_ms: Callable[[], int]) -> None:
         super().__init__(id, model, now_ms)
-        self.chart = Chart(id="nodes-chart", wrap=False)
+        self.chart = Page(id="nodes-chart", wrap=False)
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="left"):
@@ -71,7 +58,7 @@ class NodesPane(ListingPane):
             if lines != chart.lines:
                 chart.show(lines, keep=True)
 
-    def on_chart_resized(self) -> None:
+    def on_page_resized(self, event: Page.Resized) -> None:
         self.update_rows()
 
     def rows(self) -> list[tuple[str, Row]]:
