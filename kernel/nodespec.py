@@ -29,8 +29,9 @@ class NodeSpec(msgspec.Struct, frozen=True):
     latency_ms: float
     gpu: bool
     orders: LinkOrders = LinkOrders()  # rules of links made since the cluster came up
+    memory_cgroup: str = ""  # that bounds its tasks' memory; without one the node keeps the books
 
     @property
     def cgroups(self) -> tuple[str, ...]:
         """Every group that was made for it."""
-        return (self.cgroup,) if self.cgroup else ()
+        return tuple(dict.fromkeys(each for each in (self.cgroup, self.memory_cgroup) if each))

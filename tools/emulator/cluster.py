@@ -46,11 +46,12 @@ async def up(
     environ: Mapping[str, str],
     on_event: Callable[[str], None],
     roots: throttle.Roots = throttle.ROOTS,
+    memory_roots: throttle.Roots = throttle.MEMORY_ROOTS,
 ) -> Supervisor:
     """Start `count` nodes spread over the classes. `Refused` where the cluster is up already.
 
     Agents of this cluster that run on this host already are joined. `roots` are where cgroups may
-    be made; with none, compute shares are kept by pacing.
+    be made; with none, compute shares are kept by pacing, and nodes keep the books of memory.
     """
     room.make(count)
     runtime = places.runtime_path(config.cluster, environ)
@@ -61,7 +62,7 @@ async def up(
         remains.clear_folder(runtime)  # who was killed may have left it
         runtime = places.runtime_dir(config.cluster, environ)
         agents = [f"ipc://{str(path)[:-2]}" for path in sorted(runtime.glob("*.d"))]
-        members = Members(config, runtime, environ, roots, agents)
+        members = Members(config, runtime, environ, roots, agents, memory_roots)
         specs = members.first(count)
     except BaseException:
         lock.release()
@@ -97,5 +98,5 @@ def down(cluster: str, environ: Mapping[str, str]) -> bool:
     remains.clear_spool(places.spool_dir(cluster, environ), runtime)
     if os.path.isdir(runtime):
         remains.clear_folder(runtime)
-    throttle.remove_all(runtime.name)
+    throttle.remove_all(runtime.name, (*throttle.ROOTS, *throttle.MEMORY_ROOTS))
     return was_up

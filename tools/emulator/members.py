@@ -28,16 +28,18 @@ def node_spec(
     environ: Mapping[str, str],
     zygote: str,
     roots: throttle.Roots = throttle.ROOTS,
+    memory_roots: throttle.Roots = throttle.MEMORY_ROOTS,
 ) -> NodeSpec:
     """The specification of one node on this host."""
     group = f"{runtime.name}/{alias}"
     cores = kind.cores * kind.compute
     cgroup = throttle.prepare(group, cores, roots) if kind.compute < 1.0 else ""
+    memory_cgroup = throttle.prepare_memory(group, kind.memory, memory_roots)
     address = f"ipc://{places.ipc_path(runtime, alias)}"
     return NodeSpec(
         alias, kind.name, config, str(places.state_dir(config.cluster, alias, environ)), address,
         seeds, zygote, cgroup, kind.cores, kind.compute, kind.memory, kind.bandwidth, kind.latency,
-        kind.gpu,
+        kind.gpu, memory_cgroup=memory_cgroup,
     )  # fmt: skip
 
 
@@ -52,11 +54,13 @@ class Members:
         environ: Mapping[str, str],
         roots: throttle.Roots,
         agents: Sequence[str] = (),
+        memory_roots: throttle.Roots = throttle.MEMORY_ROOTS,
     ) -> None:
         self.config = config
         self.runtime = runtime
         self.agents = tuple(agents)
         self.roots = roots
+        self.memory_roots = memory_roots
         self._environ = environ
         self._zygote = str(runtime / "zygote")
         self._last: dict[str, int] = {}  # of each class: the highest number given out (B1)
@@ -64,7 +68,8 @@ class Members:
     @property
     def above(self) -> tuple[str, ...]:
         """The groups that those of all its nodes are in."""
-        return throttle.above(self.runtime.name, self.roots)
+        roots = dict.fromkeys((*self.roots, *self.memory_roots))
+        return throttle.above(self.runtime.name, tuple(roots))
 
     def first(self, count: int) -> list[NodeSpec]:
         """`count` nodes, spread over the classes."""
@@ -98,7 +103,8 @@ class Members:
 
     def _spec(self, alias: str, kind: NodeClass, seeds: tuple[str, ...]) -> NodeSpec:
         spec = node_spec(
-            self.config, alias, kind, self.runtime, seeds, self._environ, self._zygote, self.roots
-        )
+            self.config, alias, kind, self.runtime, seeds, self._environ, self._zygote,
+            self.roots, self.memory_roots,
+        )  # fmt: skip
         Path(spec.state_dir).mkdir(parents=True, exist_ok=True, mode=0o700)
         return spec

@@ -186,11 +186,13 @@ async def _supervise(config: Config, count: int, report: _Report, while_fd: int 
 def throttle_notice(supervisor: Supervisor) -> str:
     """How compute shares are enforced here, for people."""
     shared = [spec for spec in supervisor.specs if spec.compute < 1.0]
+    bounded = all(spec.memory_cgroup for spec in supervisor.specs)
+    books = "" if bounded else "; memory is watched by the nodes"
     if not shared:
-        return "no compute share to enforce"
+        return f"no compute share to enforce{books}"
     if all(spec.cgroup for spec in shared):
-        return "compute shares by cgroup"
-    return "compute shares by slice pacing: this host allows no cgroup"
+        return f"compute shares by cgroup{books}"
+    return f"compute shares by slice pacing: this host allows no cgroup{books}"
 
 
 def start_detached(name: str, count: int | None = None, flags: list[str] | None = None) -> Any:
