@@ -151,7 +151,7 @@ class Node:
         )  # fmt: skip
         self.bus = Bus(
             self.identity.kid, self.boot, spec.config.cluster, DECODER, self._arrived,
-            alias=spec.alias,
+            alias=spec.alias, tcp=bool(spec.line),
         )  # fmt: skip
         self.memory = memory.Memory(spec.alias, spec.memory_bytes, spec.memory_cgroup, os.getppid())
         grace_ms = spec.config.tasks.grace_ms
@@ -169,7 +169,7 @@ class Node:
     def _me(self) -> Me:
         spec = self.spec
         return Me(
-            self.identity.kid, self.boot, spec.alias, spec.node_class, (spec.address,),
+            self.identity.kid, self.boot, spec.alias, spec.node_class, (spec.reached_at,),
             spec.cores, spec.compute, spec.memory_bytes, spec.bandwidth_bps, spec.latency_ms,
             spec.gpu, os.uname().machine,
         )  # fmt: skip
@@ -196,7 +196,7 @@ class Node:
     def start(self, liveness_fd: int) -> None:
         """Serve, watch the supervisor, and join."""
         self.loop.set_exception_handler(self._bug)
-        self.bus.listen(self.spec.address)
+        self.bus.listen(self.spec.address, self.spec.line)
         self.observatory.start()
         self.loop.add_reader(liveness_fd, self._orphaned)
         self.loop.add_reader(self._control.socket, self._commanded)

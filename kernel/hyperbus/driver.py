@@ -140,16 +140,12 @@ class Bus:
 
     # -- where others are ---------------------------------------------------------------------
 
-    def listen(self, address: str) -> None:
-        """Serve the door and both planes at `address`."""
-        self._receive(address, Plane.CONTROL)
-        self._receive(address, Plane.DATA)
+    def listen(self, address: str, line: str = "") -> None:
+        """Serve the door and both planes at `address`, and for peers both planes at `line`."""
+        for each in (address, line) if line else (address,):
+            self._receive(each, Plane.CONTROL)
+            self._receive(each, Plane.DATA)
         self._door = Door(self, address, self._loop)
-
-    def listen_peers(self, address: str) -> None:
-        """Serve both planes, for peers, at a further address."""
-        self._receive(address, Plane.CONTROL)
-        self._receive(address, Plane.DATA)
 
     def listen_client(self, address: str) -> None:
         """Receive at `address` alone: what a client on the same host does."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
+
 from manifold.kernel import places
 from manifold.kernel.config import Config, NodeClass
 from manifold.kernel.config_loader import nearest
@@ -17,6 +19,7 @@ from manifold.kernel.errors import NotFound, Refused
 from manifold.kernel.limits import NODES_MAX
 from manifold.kernel.nodespec import NodeSpec
 from manifold.kernel.process import throttle
+from manifold.tools.emulator.network import Network
 
 
 def node_spec(
@@ -55,12 +58,14 @@ class Members:
         roots: throttle.Roots,
         agents: Sequence[str] = (),
         memory_roots: throttle.Roots = throttle.MEMORY_ROOTS,
+        network: Network | None = None,
     ) -> None:
         self.config = config
         self.runtime = runtime
         self.agents = tuple(agents)
         self.roots = roots
         self.memory_roots = memory_roots
+        self.network = network  # where its nodes are in namespaces
         self._environ = environ
         self._zygote = str(runtime / "zygote")
         self._last: dict[str, int] = {}  # of each class: the highest number given out (B1)
@@ -76,9 +81,9 @@ class Members:
         members = self.config.spread(count)
         for _, kind in members:
             self._last[kind.name] = self._last.get(kind.name, 0) + 1
-        addresses = [f"ipc://{places.ipc_path(self.runtime, alias)}" for alias, _ in members]
-        seeds = (*addresses, *self.agents)
-        return [self._spec(alias, kind, seeds) for alias, kind in members]
+        specs = [self._spec(alias, kind, ()) for alias, kind in members]
+        seeds = (*(spec.reached_at for spec in specs), *self.agents)
+        return [msgspec.structs.replace(spec, seeds=seeds) for spec in specs]
 
     def more(self, name: str, count: int, seeds: tuple[str, ...]) -> list[NodeSpec]:
         """`count` more of class `name`, "" is the first of the file."""
@@ -107,4 +112,7 @@ class Members:
             self.roots, self.memory_roots,
         )  # fmt: skip
         Path(spec.state_dir).mkdir(parents=True, exist_ok=True, mode=0o700)
+        if self.network is not None:
+            line = self.network.plan(alias, kind.bandwidth)
+            return msgspec.structs.replace(spec, line=line)
         return spec
