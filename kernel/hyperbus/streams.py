@@ -285,8 +285,9 @@ class Sender:
         """S6: the other end of a TCP connection has something to say, which is that it is gone."""
         assert self._socket is not None
         if endpoints.gone(self._socket):
+            waited = not self.ready
             self._broken()
-            if self._waiting:
+            if waited:
                 self._go_on()
 
     def _again(self) -> None:

@@ -176,6 +176,12 @@ def test_status_and_the_list_of_nodes_say_that_they_are_in_namespaces(start: Sta
     assert "from within each" in targets.stderr
 
 
+@spaces
+@pytest.mark.manifold(nodes=2, netns=True)
+def test_a_test_asks_for_namespaces_by_the_marker(manifold_cluster: TestCluster) -> None:
+    assert all(line.startswith("tcp://") for line in lines_of(manifold_cluster.client()).values())
+
+
 # -- nodes that come and go -----------------------------------------------------------------------
 
 
@@ -189,6 +195,18 @@ def test_a_killed_node_comes_back_at_its_address(start: Start) -> None:
     assert lines_of(client) == lines
     job = client.job(ADD_UP, 0, 1000, reduce="sum", demand=Demand(node="rpi4-01"))
     assert job.result(PATIENCE_S) == SUM
+
+
+@spaces
+def test_all_nodes_come_back_after_the_zygote_was_killed(start: Start) -> None:
+    cluster = start(3)
+    lines = lines_of(cluster.client())
+    zygote = int(Path(f"/proc/{cluster.pid(0)}/stat").read_text().split()[3])
+    os.kill(zygote, signal.SIGKILL)
+    until(lambda: "the zygote ended" in " ".join(cluster.events), "its end was seen")
+    until(lambda: all(n.serves for n in cluster.supervisor.nodes.values()), "all are back")
+    cluster.wait_converged()
+    assert lines_of(cluster.client()) == lines
 
 
 @spaces
@@ -341,7 +359,8 @@ def test_an_agent_is_refused_and_refuses(place: Place) -> None:
 def test_without_the_programs_it_is_refused_with_the_package(place: Place, tmp_path: Path) -> None:
     done = place.manifold("up", "--netns", "--nodes", "2", PATH=str(tmp_path))
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "need ip and tc" in done.stderr and "Debian package iproute2" in done.stderr
+    assert "Not in PATH, and needed for namespaces: ip, tc." in done.stderr
+    assert "Debian package iproute2" in done.stderr
     assert place.nothing_is_left()
 
 

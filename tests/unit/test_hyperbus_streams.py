@@ -456,6 +456,20 @@ def test_a_frame_that_was_partly_written_when_its_connection_broke_is_never_sent
     run(test)
 
 
+def test_who_waited_is_told_when_the_only_frame_was_lost_with_its_connection(run: Run) -> None:
+    async def test(bench: Bench) -> None:
+        called: list[bool] = []
+        listener, sender = bench.listener(), bench.sender(lambda: called.append(sender.ready))
+        while sender.ready:
+            sender.send(b"a" * LARGE)
+        (await bench.accept(listener)).close()
+        await bench.until(lambda: called)
+        assert called == [True]
+        assert bench.counters["frames_lost"] == 1
+
+    run(test)
+
+
 def test_a_connection_that_broke_while_idle_costs_nothing(run: Run) -> None:
     async def test(bench: Bench) -> None:
         listener, sender = bench.listener(), bench.sender()

@@ -1,8 +1,9 @@
 """Cables between two namespaces: how near their rate they are, and what TCP costs beside a path.
 
 A process in one namespace receives and one in another sends, as two nodes of `up --netns` do. The
-rate is that of the frames between the first and the last to arrive; what Ethernet, IP and TCP add
-is part of the cable's, so 0.956 of it is what there is for frames. Round trips over TCP and over
+rate is that of the frames from when the first is sent until the last has come, by the clock that
+both share: whoever waits for a core only makes it less. What Ethernet, IP and TCP add is part of
+the cable's rate, so 0.956 of that is what there is for frames. Round trips over TCP and over
 Unix sockets, which cross namespaces, take turns between the same two processes.
 """
 
@@ -42,17 +43,17 @@ class _Receiver:
     """Tells who asks how much had come, and when; who asks says where it listens."""
 
     def __init__(self, path: str, line: str) -> None:
-        self.seen: list[tuple[int, int]] = []
+        self.count, self.last = 0, (0, 0)  # when it came, and how many bytes had come by then
         self.bus = Bus(RECEIVER, 1, "cables", DECODER, self.arrived, tcp=True)
         self.bus.listen(path, line)
 
     def arrived(self, incoming: Incoming) -> None:
         if not incoming.request:
-            self.seen.append((time.monotonic_ns(), self.bus.counters["bytes_received"]))
+            self.count += 1
+            self.last = (time.monotonic_ns(), self.bus.counters["bytes_received"])
             return
         self.bus.learn(incoming.source, incoming.body.what)
-        known = self.seen[:1] + self.seen[-1:]
-        self.bus.reply(incoming, Done(json.dumps([len(self.seen), known])))
+        self.bus.reply(incoming, Done(json.dumps([self.count, *self.last])))
 
 
 async def _receive(path: str, line: str) -> None:
@@ -71,26 +72,27 @@ def _bus(name: str, at: str, to: str) -> Bus:
     return bus
 
 
-async def _ask(bus: Bus, at: str) -> tuple[int, list[list[int]]]:
+async def _ask(bus: Bus, at: str) -> tuple[int, int, int]:
+    """How many had come, when the last of them came, and how many bytes by then."""
     answer = await bus.request(RECEIVER, Done(at), ANSWER_MS)
-    count, seen = json.loads(answer.what)
-    return count, seen
+    count, last_ns, last_bytes = json.loads(answer.what)
+    return count, last_ns, last_bytes
 
 
 async def _rate(ours: str, theirs: str, rate_bps: float, seconds: float) -> float:
     """Bits a second that arrive."""
     bus = _bus("K-sender", ours, theirs)
     total = int(rate_bps * seconds / 8 / MESSAGE_BYTES)
-    sent = arrived = 0
-    seen: list[list[int]] = []
+    sent = arrived = last_ns = last_bytes = 0
+    await _ask(bus, ours)  # connected
+    began_ns = time.monotonic_ns()
     while arrived < total:  # by the control plane of its own connection, beside the data
         while sent < min(total, arrived + ON_THE_WAY_MAX):
             bus.send(RECEIVER, Done("x" * MESSAGE_BYTES), Plane.DATA)
             sent += 1
-        arrived, seen = await _ask(bus, ours)
+        arrived, last_ns, last_bytes = await _ask(bus, ours)
     bus.close()
-    (first_ns, first_bytes), (last_ns, last_bytes) = seen
-    return (last_bytes - first_bytes) * 8e9 / (last_ns - first_ns)
+    return last_bytes * 8e9 / (last_ns - began_ns)
 
 
 async def _trips(lines: dict[str, tuple[str, str]], count: int) -> dict[str, list[float]]:

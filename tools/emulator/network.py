@@ -59,8 +59,9 @@ class Network:
         missing = [name for name in PROGRAMS if shutil.which(name) is None]
         if missing:
             raise Unsupported(
-                f"Namespaces with cables need {' and '.join(missing)}, which is not here.",
-                "Install the Debian package iproute2, or leave out --netns.",
+                f"Not in PATH, and needed for namespaces: {', '.join(missing)}.",
+                "Install the Debian package iproute2 (it puts them in /usr/sbin), or leave out "
+                "--netns.",
             )
         self._cables: dict[str, _Cable] = {}
         self._given = 0  # K2
