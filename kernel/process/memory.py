@@ -3,8 +3,8 @@
 Interface rules: one `Memory` for each node, used from the loop's thread. Pools `join` it and call
 `begun` with each run. With a group (`throttle.prepare_memory`) the kernel bounds them and `killed`
 says whether it ended one. Without one the node keeps the books: it looks every `LOOK_S` while a
-task runs and ends the process that holds most, or an idle one where that is enough. `slots` is how
-many may run.
+task runs and ends the process that holds most, or an idle one where that is enough. It does so as
+well where a group was made that its processes cannot enter. `slots` is how many may run.
 Invariants: M1 nobody but a process of a pool, and what it started, is ended: never the node; M2 one
 at a time: who was ended is gone from the books before another is; M3 being over by less than
 `OVER_PART` is no reason until it was so at `LOOKS_OVER` looks in a row.
@@ -30,6 +30,7 @@ log = logging.getLogger("manifold.process")
 LOOK_S = 0.05  # 20 us for each process, and 1 ms where it has to be counted page by page
 OVER_PART = 1 / 16  # of the limit
 LOOKS_OVER = 2
+ENTER_LOOKS = 40  # until one process at least is in the group: 2 s, on a host that is busy
 CHILDREN_MAX = 4096  # of one task, that are counted
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -74,6 +75,8 @@ class Memory:
         self._pools: list[Tenants] = []
         self._look: asyncio.TimerHandle | None = None
         self._kills = throttle.memory_kills(group) if group else 0
+        self._books = not group  # whether we keep them
+        self._outside = 0  # looks at which nobody was in the group
         self._over = 0  # looks in a row
         self._ended = 0  # M2
 
@@ -82,7 +85,8 @@ class Memory:
 
     def begun(self) -> None:
         """A task begins."""
-        if self.limit_bytes and not self._group and self._look is None:
+        wanted = self._books or self._outside >= 0
+        if self.limit_bytes and wanted and self._look is None:
             self._look = self._loop.call_later(LOOK_S, self._watch)
 
     def killed(self) -> bool:
@@ -108,9 +112,23 @@ class Memory:
         there = [(pid, busy, pool) for pool in self._pools for pid, busy in pool.tenants()]
         if self._ended not in [pid for pid, _, _ in there]:
             self._ended = 0
-        self._judge([(pid, busy, pool) for pid, busy, pool in there if pid])
+        there_now = [each for each in there if each[0]]
+        if self._books:
+            self._judge(there_now)
+        elif there_now:
+            self._see_entered([pid for pid, _, _ in there_now])
         if any(busy for _, busy, _ in there):
             self.begun()
+
+    def _see_entered(self, pids: list[int]) -> None:
+        """Once: that the group is one that our processes are in."""
+        if throttle.members(self._group) & set(pids):
+            self._outside = -1
+            return
+        self._outside += 1
+        if self._outside >= ENTER_LOOKS:
+            log.warning("no process enters %s: this node keeps the books of memory", self._group)
+            self._books = True
 
     def _judge(self, there: list[tuple[int, bool, Tenants]]) -> None:
         families = {pid: family(pid) for pid, _, _ in there}

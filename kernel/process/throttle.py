@@ -131,6 +131,14 @@ def join(path: str) -> bool:
     return True
 
 
+def members(path: str) -> set[int]:
+    """The processes in a group; nobody where it is gone."""
+    try:
+        return set(map(int, Path(path, "cgroup.procs").read_text().split()))
+    except OSError:
+        return set()
+
+
 def be_the_first_victim() -> None:
     """Let this process be ended before others when the host, or its group, is short of memory."""
     with contextlib.suppress(OSError):  # a wish; not every host grants it
