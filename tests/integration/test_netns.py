@@ -65,7 +65,7 @@ def start(manifold_clusters: Start) -> Iterator[Start]:
 
 
 def host_links() -> set[str]:
-    return set(os.listdir("/sys/class/net"))
+    return {name for _, name in socket.if_nameindex()}
 
 
 def space_of(pid: int) -> int:
@@ -274,6 +274,24 @@ def test_latencies_of_classes_are_the_bus_s_and_rates_are_the_cables(start: Star
     assert asking_ms(client, "far-02") > 80  # both cables, there and back
     (tally,) = client.ask(m.GetLinks()).tallies
     assert (tally.rule.latency_ms, tally.rule.rate_bps) == (40.0, 0.0)
+
+
+@spaces
+def test_what_is_called_in_a_namespace_leaves_its_caller_where_it_was() -> None:
+    def fails() -> None:
+        raise KeyError("inside")
+
+    own, space = os.readlink(netns.OWN), netns.make()
+    try:
+        assert netns.within(space, lambda: os.readlink(netns.OWN)) != own
+        with pytest.raises(KeyError, match="inside"):
+            netns.within(space, fails)
+        assert netns.within(space, socket.if_nameindex) == [(1, "lo")]
+        assert "xyz" in netns.run(space, ["ip", "-batch", "-"], "link set xyz up\n")
+        assert netns.run(space, ["ip", "-batch", "-"], "link set lo up\n") == ""
+        assert os.readlink(netns.OWN) == own
+    finally:
+        os.close(space)
 
 
 # -- the end, and what is not possible ------------------------------------------------------------
