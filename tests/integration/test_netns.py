@@ -18,8 +18,9 @@ import pytest
 
 from manifold.kernel import messages as m
 from manifold.kernel import netns, places
-from manifold.kernel.errors import Unsupported
+from manifold.kernel.errors import ProtocolError, Unsupported
 from manifold.kernel.geode.messages import Demand
+from manifold.kernel.main import enter_network
 from manifold.shells.sdk import Client
 from manifold.tools.bench import cables
 from manifold.tools.emulator import record
@@ -372,6 +373,11 @@ def test_an_agent_is_refused_and_refuses(place: Place) -> None:
     place.up()
     done = place.manifold("agent", "--alias", "guest-01")
     assert done.returncode == 4 and "cannot reach them" in done.stderr
+
+
+def test_a_node_with_a_tcp_line_does_not_start_outside_a_namespace() -> None:
+    with pytest.raises(ProtocolError, match="without a network namespace"):
+        enter_network([])
 
 
 def test_without_the_programs_it_is_refused_with_the_package(place: Place, tmp_path: Path) -> None:
