@@ -67,7 +67,13 @@ class NodeClass:
     count: int = _key(1, "nodes", 0, 4096, "nodes of this class; with --nodes N, its part of N")
     cores: int = _key(1, "cores", 1, 256, "workers, one process each")
     compute: float = _key(1.0, "core", 0.01, 1.0, "share of one host core that a worker gets")
-    memory: int = _key(1 << 30, "bytes", 1 << 26, 1 << 44, "memory of the node")
+    memory: int = _key(
+        1 << 30,
+        "bytes",
+        1 << 26,
+        1 << 44,
+        "memory of the node; its tasks together may hold so much",
+    )
     bandwidth: float = _key(1e9, "bit/s", 1e3, 1e12, "bandwidth of its network link")
     latency: float = _key(0.2, "ms", 0.0, 10_000.0, "one-way latency of its network link")
     gpu: bool = _key(False, "", None, None, "whether it has a GPU")

@@ -62,7 +62,7 @@ class Core:
 
     `durable`: the records of Nexus that were persisted before, by name. `rejoin`: how far this node
     is with joining the voters anew, "" where it has not lost its disk. `outbox`: the records of the
-    scheduler's outbox, by name.
+    scheduler's outbox, by name. `slots`: tasks at a time, 0 for one on each core.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Core:
         durable: Mapping[str, bytes] = _NOTHING,
         rejoin: Step = "",
         outbox: Mapping[str, bytes] = _NOTHING,
+        slots: int = 0,
     ) -> None:
         self.me = me
         self._outbox = outbox
@@ -85,7 +86,7 @@ class Core:
         )
         self.geode = Geode(me.kid, config.geode, random)
         self.scheduler = Scheduler(
-            me.kid, config.scheduler, self.geode, me.cores, me.boot, me.memory_bytes
+            me.kid, config.scheduler, self.geode, slots or me.cores, me.boot, me.memory_bytes
         )
         self.nexus = Nexus(me.kid, me.boot, durable, Random(random.getrandbits(64)))
         self.scheduler.owner.queue.reach.seen = self._sees_voters

@@ -12,6 +12,7 @@ __all__ = [
     "ManifoldError",
     "Maybe",
     "NoCluster",
+    "NoMemory",
     "NotFound",
     "PeerError",
     "ProcessDied",
@@ -62,6 +63,12 @@ class ProcessDied(ManifoldError):
     """The process that ran a call ended under it; other calls are not affected."""
 
     code = "process_died"
+
+
+class NoMemory(ProcessDied):
+    """A task was ended because its node's tasks held more memory than its class has."""
+
+    code = "no_memory"
 
 
 class NoCluster(ManifoldError):

@@ -17,7 +17,8 @@ from pathlib import Path
 import msgspec
 import uvloop
 
-from manifold.kernel.errors import ManifoldError
+from manifold.kernel import netns
+from manifold.kernel.errors import ManifoldError, ProtocolError
 from manifold.kernel.logbook import Logbook
 from manifold.kernel.node import serve
 from manifold.kernel.nodespec import NodeSpec
@@ -28,13 +29,16 @@ _spec_decoder = msgspec.msgpack.Decoder(NodeSpec)  # made once, in the zygote
 
 
 def boot(payload: bytes, fds: list[int], liveness_fd: int) -> None:
-    """Become the node that `payload` describes; `fds` is the channel to the supervisor."""
+    """Become the node that `payload` describes; `fds` are the channel to the supervisor and, where
+    the node has a network of its own, that."""
     spec = _spec_decoder.decode(payload)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # before the loop is up: just end
     sys.setswitchinterval(SWITCH_S)
     gc.set_threshold(GC_THRESHOLD)  # what was imported is frozen; the rest makes few cycles
     logbook = open_log(spec)  # what happens from here on is on record
     control = socket.socket(fileno=fds[0])  # the supervisor's commands
+    if spec.line:
+        enter_network(fds[1:])
     # identity and boot number, membership, geode, scheduler, hyperbus, workers: `Node`
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -45,6 +49,14 @@ def boot(payload: bytes, fds: list[int], liveness_fd: int) -> None:
     finally:
         logging.shutdown()
     sys.exit(status)
+
+
+def enter_network(fds: list[int]) -> None:
+    """The namespace that was given: outside of one, lines that are not sealed are not served."""
+    if len(fds) != 1:
+        raise ProtocolError("A node with a TCP line was started without a network namespace.")
+    netns.enter(fds[0])
+    os.close(fds[0])
 
 
 def open_log(spec: NodeSpec) -> Logbook:

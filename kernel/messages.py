@@ -52,6 +52,7 @@ class NodeInfo(msgspec.Struct, frozen=True, array_like=True, tag="n.info"):
     load: LoadReport | None = None
     bad_messages: int = 0
     metrics: str = ""  # HOST:PORT that serves /metrics, "" where nothing does
+    line: str = ""  # where other nodes reach it, if it is in a network namespace
 
 
 class AllNodes(msgspec.Struct, frozen=True, array_like=True, tag="n.nodes"):

@@ -71,6 +71,7 @@ from manifold.kernel.observe.families import Tally
 from manifold.kernel.observe.observatory import Observatory
 from manifold.kernel.observe.spans import Spans
 from manifold.kernel.persisting import Acknowledged, Persisting, load_outbox
+from manifold.kernel.process import memory
 from manifold.kernel.process.channel import Channel, Closed
 from manifold.kernel.process.messages import (
     Calls,
@@ -144,15 +145,19 @@ class Node:
             self._me(), spec.config, Random(SystemRandom().getrandbits(64)),
             incarnation=incarnation, seeds=spec.seeds, durable=dict(records),
             rejoin=disk.load_step(folder / disk.FOLDER), outbox=load_outbox(folder),
+            slots=memory.slots(
+                spec.cores, spec.memory_bytes, spec.config.tasks.memory, spec.memory_cgroup
+            ),
         )  # fmt: skip
         self.bus = Bus(
             self.identity.kid, self.boot, spec.config.cluster, DECODER, self._arrived,
-            alias=spec.alias,
+            alias=spec.alias, tcp=bool(spec.line),
         )  # fmt: skip
-        self.pool = Pool(spec.zygote, self._worker_spec(), spec.config.tasks.grace_ms, self)
-        self.tasks = TaskPool(
-            spec.zygote, self._task_spec(), spec.cores, spec.config.tasks.grace_ms, self
-        )
+        self.memory = memory.Memory(spec.alias, spec.memory_bytes, spec.memory_cgroup, os.getppid())
+        grace_ms = spec.config.tasks.grace_ms
+        self.pool = Pool(spec.zygote, self._worker_spec(), grace_ms, self, self.memory)
+        slots = self.core.scheduler.runner.slots
+        self.tasks = TaskPool(spec.zygote, self._task_spec(), slots, grace_ms, self, self.memory)
         self.tally = Tally()
         self.commits.on_batch = self.tally.commit.observe
         self.observatory = Observatory(self)
@@ -164,7 +169,7 @@ class Node:
     def _me(self) -> Me:
         spec = self.spec
         return Me(
-            self.identity.kid, self.boot, spec.alias, spec.node_class, (spec.address,),
+            self.identity.kid, self.boot, spec.alias, spec.node_class, (spec.reached_at,),
             spec.cores, spec.compute, spec.memory_bytes, spec.bandwidth_bps, spec.latency_ms,
             spec.gpu, os.uname().machine,
         )  # fmt: skip
@@ -173,8 +178,8 @@ class Node:
         tasks = self.spec.config.tasks
         log_path = os.path.join(self.spec.state_dir, "workers.log")
         return WorkerSpec(
-            self.spec.alias, 0, tasks.memory, tasks.slice_ms, self.spec.compute,
-            self.spec.cgroup, log_path,
+            self.spec.alias, 0, min(tasks.memory, self.spec.memory_bytes), tasks.slice_ms,
+            self.spec.compute, self.spec.cgroup, log_path, self.spec.memory_cgroup,
         )  # fmt: skip
 
     def _task_spec(self) -> TaskSpec:
@@ -183,7 +188,7 @@ class Node:
         return TaskSpec(
             spec.alias, spec.compute, spec.cgroup, spec.memory_bytes,
             str(state.parent / places.SPOOL),
-            places.environ_of(spec.config.cluster, state.parent, runtime),
+            places.environ_of(spec.config.cluster, state.parent, runtime), spec.memory_cgroup,
         )  # fmt: skip
 
     # -- life ---------------------------------------------------------------------------------
@@ -191,7 +196,7 @@ class Node:
     def start(self, liveness_fd: int) -> None:
         """Serve, watch the supervisor, and join."""
         self.loop.set_exception_handler(self._bug)
-        self.bus.listen(self.spec.address)
+        self.bus.listen(self.spec.address, self.spec.line)
         self.observatory.start()
         self.loop.add_reader(liveness_fd, self._orphaned)
         self.loop.add_reader(self._control.socket, self._commanded)
@@ -249,6 +254,7 @@ class Node:
         self.observatory.close()
         if self.spans is not None:
             self.spans.close()
+        self.memory.close()
         self.pool.close()
         self.tasks.close()
         self.commits.close()

@@ -29,8 +29,15 @@ class NodeSpec(msgspec.Struct, frozen=True):
     latency_ms: float
     gpu: bool
     orders: LinkOrders = LinkOrders()  # rules of links made since the cluster came up
+    line: str = ""  # where other nodes reach it, in a network of their own: it is in a namespace
+    memory_cgroup: str = ""  # that bounds its tasks' memory; without one the node keeps the books
+
+    @property
+    def reached_at(self) -> str:
+        """By other nodes; clients always use `address`."""
+        return self.line or self.address
 
     @property
     def cgroups(self) -> tuple[str, ...]:
         """Every group that was made for it."""
-        return (self.cgroup,) if self.cgroup else ()
+        return tuple(dict.fromkeys(each for each in (self.cgroup, self.memory_cgroup) if each))

@@ -28,6 +28,7 @@ from manifold.kernel.limits import (
 )
 from manifold.vm.kid import kid_of
 
+NETNS = "netns"  # in the runtime folder of a cluster whose nodes are in network namespaces
 SPOOL = "spool"  # the folder of parcels, beside those of nodes
 HASH_DIGITS = 12  # 48 bits: a million clusters on one host meet with chance 0.2 %
 

@@ -116,7 +116,7 @@ class SystemCalls:
             sum(member.state in (State.ALIVE, State.SUSPECT) for member in members),
             node.now_ms() - node.started_ms, throttle, workers,
             node.core.scheduler.runner.load(), node.bus.counters["bad"],
-            node.observatory.address,
+            node.observatory.address, spec.line,
         )  # fmt: skip
 
     def processes(self) -> tuple[m.Process, ...]:
@@ -149,7 +149,7 @@ class SystemCalls:
 
     def _plan_links(self) -> None:
         spec = self._node.spec
-        plan = Plan(spec.alias, of_config(spec.config), self.orders.rules)
+        plan = Plan(spec.alias, of_config(spec.config, cables=bool(spec.line)), self.orders.rules)
         self._node.bus.filter.set_plan(plan)
 
     def links(self) -> m.Links:

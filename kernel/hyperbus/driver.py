@@ -26,7 +26,7 @@ import msgspec
 
 from manifold.kernel.effects import Plane
 from manifold.kernel.errors import Maybe, PeerError, Unavailable
-from manifold.kernel.hyperbus import faults, sockets
+from manifold.kernel.hyperbus import endpoints, faults
 from manifold.kernel.hyperbus.door import Door
 from manifold.kernel.hyperbus.emulation import Emulation, Wired
 from manifold.kernel.hyperbus.filter import Filter
@@ -94,7 +94,8 @@ class _Peer:
 
 
 class Bus:
-    """See the module. `decoder` knows every body that is understood."""
+    """See the module. `decoder` knows every body that is understood. `tcp`: this process is in a
+    network that nobody else reaches, in which lines may be TCP though they are not sealed."""
 
     def __init__(
         self,
@@ -106,6 +107,7 @@ class Bus:
         *,
         alias: str = "",
         seal: Seal | None = None,
+        tcp: bool = False,
     ) -> None:
         self.identity = identity
         self.boot = boot
@@ -116,6 +118,7 @@ class Bus:
         self._decoder = decoder
         self._on_message = on_message
         self._seal: Seal = seal or Plain()
+        self._tcp = tcp
         self._loop = asyncio.get_running_loop()
         self.emulation = Emulation(
             self.filter, Random(identity), self._loop, self._names, self._land, self._mark,
@@ -137,10 +140,11 @@ class Bus:
 
     # -- where others are ---------------------------------------------------------------------
 
-    def listen(self, address: str) -> None:
-        """Serve the door and both planes at `address`."""
-        self._receive(address, Plane.CONTROL)
-        self._receive(address, Plane.DATA)
+    def listen(self, address: str, line: str = "") -> None:
+        """Serve the door and both planes at `address`, and for peers both planes at `line`."""
+        for each in (address, line) if line else (address,):
+            self._receive(each, Plane.CONTROL)
+            self._receive(each, Plane.DATA)
         self._door = Door(self, address, self._loop)
 
     def listen_client(self, address: str) -> None:
@@ -379,9 +383,9 @@ class Bus:
     def _dial(self, to: str, plane: Plane, line: _Line) -> bool:
         address = to if "://" in to else self._addresses[to]
         try:
-            path = sockets.path(address, plane)
+            where = endpoints.of(address, plane, tcp=self._tcp)
             ready = partial(self._drain, to, plane, line)
-            line.socket = Sender(path, self._loop, ready, self.counters)
+            line.socket = Sender(where, self._loop, ready, self.counters)
         except PeerError as error:  # no address at all, whoever gave it
             log.warning("%s cannot be dialed at %r: %s", to, address, error)
             self.counters["frames_dropped"] += 1
@@ -427,9 +431,9 @@ class Bus:
     # -- receiving ----------------------------------------------------------------------------
 
     def _receive(self, address: str, plane: Plane) -> None:
-        path, arrived = sockets.path(address, plane), partial(self._arrived, plane)
-        bad = partial(self._bad, "")
-        self._receivers.append(Receiver(path, self._loop, arrived, bad, self.counters))
+        where = endpoints.of(address, plane, tcp=self._tcp)
+        arrived, bad = partial(self._arrived, plane), partial(self._bad, "")
+        self._receivers.append(Receiver(where, self._loop, arrived, bad, self.counters))
 
     def _arrived(self, plane: Plane, sealed: bytes) -> None:
         try:

@@ -15,6 +15,7 @@ _BY_CODE: dict[str, type[ManifoldError]] = {
         errors.Busy,
         errors.Maybe,
         errors.ProcessDied,
+        errors.NoMemory,
         errors.NoCluster,
         errors.Refused,
         errors.NotFound,

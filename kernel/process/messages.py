@@ -214,6 +214,7 @@ class WorkerSpec(msgspec.Struct, frozen=True):
     share: float  # of a core; enforced by pacing where `cgroup` is empty
     cgroup: str
     log: str
+    memory_cgroup: str = ""
 
 
 class TaskSpec(msgspec.Struct, frozen=True):
@@ -225,3 +226,4 @@ class TaskSpec(msgspec.Struct, frozen=True):
     memory_bytes: int  # of data; more is a MemoryError
     spool: str
     environ: dict[str, str]  # that connects it to its own cluster
+    memory_cgroup: str = ""

@@ -13,14 +13,15 @@ import asyncio
 import logging
 import signal
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 import msgspec
 
-from manifold.kernel.process.child import Child
+from manifold.kernel.process.child import ENDED, Child
+from manifold.kernel.process.memory import Memory
 from manifold.kernel.process.messages import (
     Abort,
     Blocks,
@@ -69,11 +70,20 @@ class Events(Protocol):
 
 
 @dataclass(slots=True)
+class _Run:
+    next: int  # block, of which no result was told
+    last: int
+    isolate: bool
+    aborted_s: float = 0.0  # when it was told to, or 0
+
+
+@dataclass(slots=True)
 class _Worker:
     slot: int
     child: Child[ToNode] = field(init=False)
-    runs: dict[int, float] = field(default_factory=dict)  # not ended: when told to abort, or 0
+    runs: dict[int, _Run] = field(default_factory=dict)  # not ended; the first one computes
     programs: OrderedDict[Kid, None] = field(default_factory=OrderedDict)
+    evicted: bool = False  # memory was short
     patience: Patience = field(default_factory=lambda: Patience(STARVED_S_MAX))
 
     def silent_s(self, now_s: float) -> float:
@@ -86,13 +96,22 @@ class _Worker:
 class Pool:
     """See the module. `template.slot` is replaced for each worker."""
 
-    def __init__(self, zygote: str, template: WorkerSpec, grace_ms: float, events: Events) -> None:
+    def __init__(
+        self,
+        zygote: str,
+        template: WorkerSpec,
+        grace_ms: float,
+        events: Events,
+        memory: Memory | None = None,
+    ) -> None:
         self._zygote = zygote
         self._template = template
         self._grace_s = grace_ms / 1000
         self._events = events
         self._loop = asyncio.get_running_loop()
         self._workers: dict[int, _Worker] = {}
+        self._memory = memory or Memory(template.alias, 0, "")
+        self._memory.join(self)
         self._check: asyncio.TimerHandle | None = None
 
     # -- runs ---------------------------------------------------------------------------------
@@ -100,7 +119,7 @@ class Pool:
     def compute(self, slot: int, compute: Compute) -> None:
         """Start a run on `slot`."""
         worker = self._workers.get(slot) or self._spawn(slot)
-        worker.runs[compute.run] = 0.0
+        worker.runs[compute.run] = _Run(compute.first, compute.last, compute.isolate)
         worker.child.heard_s = self._loop.time()
         if compute.program in worker.programs:
             compute = msgspec.structs.replace(compute, ir=b"")
@@ -109,6 +128,7 @@ class Pool:
             if len(worker.programs) > PROGRAMS_SENT_MAX:
                 worker.programs.popitem(last=False)
         worker.child.post(compute)
+        self._memory.begun()
         if self._check is None:
             self._check_soon()
 
@@ -120,7 +140,7 @@ class Pool:
     def abort(self, slot: int, run: int) -> None:
         worker = self._workers.get(slot)
         if worker is not None and run in worker.runs:
-            worker.runs[run] = self._loop.time()
+            worker.runs[run].aborted_s = self._loop.time()
             worker.child.post(Abort(run))
 
     def pace(self, share: float) -> None:
@@ -139,6 +159,16 @@ class Pool:
         """Slot to process, of the workers that are up."""
         return {slot: w.child.pid for slot, w in sorted(self._workers.items()) if w.child.pid}
 
+    def tenants(self) -> Iterator[tuple[int, bool]]:
+        """See `memory.Tenants`."""
+        return ((each.child.pid, bool(each.runs)) for each in self._workers.values())
+
+    def evict(self, pid: int) -> None:
+        """See `memory.Tenants`."""
+        worker = next(each for each in self._workers.values() if each.child.pid == pid)
+        worker.evicted = True
+        self._kill(worker, "memory was short and it was killed")
+
     # -- processes ----------------------------------------------------------------------------
 
     def _spawn(self, slot: int) -> _Worker:
@@ -155,11 +185,15 @@ class Pool:
         for message in messages:
             match message:
                 case Blocks():
+                    if message.run in worker.runs:
+                        worker.runs[message.run].next = message.first + len(message.results)
                     self._events.run_blocks(
                         worker.slot, message.run, message.first, message.results,
                         float(message.gas), message.busy_ms,
                     )  # fmt: skip
                 case Limited(run=run, last=last):
+                    if run in worker.runs:
+                        worker.runs[run].last = last
                     self._events.run_limited(worker.slot, run, last)
                 case Ended(run=run, fault=fault):
                     worker.runs.pop(run, None)
@@ -172,8 +206,21 @@ class Pool:
         if self._workers.get(worker.slot) is worker:
             del self._workers[worker.slot]
             log.warning("worker %d (pid %d): %s", worker.slot, worker.child.pid, reason)
-            for run in list(worker.runs):  # none: it was idle, and the slot may be another's by now
-                self._events.run_lost(worker.slot, run, reason)
+            ended = bool(worker.runs) and reason == ENDED
+            short = worker.evicted or (ended and self._memory.killed())
+            for run, state in list(worker.runs.items()):  # none: it was idle, the slot is another's
+                if short and not state.aborted_s and state.next < state.last:
+                    short = False  # the others only waited behind it
+                    self._fail(worker.slot, run, state)
+                else:
+                    self._events.run_lost(worker.slot, run, reason)
+
+    def _fail(self, slot: int, run: int, state: _Run) -> None:
+        """The block that it was at needed too much memory; others of an isolated job go on."""
+        fault = self._memory.fault()
+        if state.isolate:
+            self._events.run_blocks(slot, run, state.next, [fault], 0.0, 0.0)
+        self._events.run_ended(slot, run, None if state.isolate else fault)
 
     def _kill(self, worker: _Worker, reason: str) -> None:
         worker.child.signal(signal.SIGKILL)
@@ -196,7 +243,8 @@ class Pool:
                 self._check_soon()
             if late:
                 continue
-            aborted_s = min((at for at in worker.runs.values() if at), default=now_s)
+            told_s = (each.aborted_s for each in worker.runs.values() if each.aborted_s)
+            aborted_s = min(told_s, default=now_s)
             if now_s - aborted_s > self._grace_s:
                 self._kill(worker, "it ignored being cancelled and was killed")
             elif worker.silent_s(now_s) > SILENCE_S:

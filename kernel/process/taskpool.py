@@ -17,7 +17,7 @@ import logging
 import os
 import signal
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -25,6 +25,7 @@ from typing import Protocol
 import msgspec
 
 from manifold.kernel.process.child import Child
+from manifold.kernel.process.memory import Memory
 from manifold.kernel.process.messages import (
     Blocks,
     Calls,
@@ -82,6 +83,7 @@ class _Process:
     idle_s: float = 0.0
     aborted_s: float = 0.0
     verdict: str = ""  # why we end it, where we do
+    evicted: bool = False  # memory was short
     functions: OrderedDict[Kid, None] = field(default_factory=OrderedDict)
 
 
@@ -89,7 +91,13 @@ class TaskPool:
     """See the module. `slots` are those of the node; parked runs get numbers from there on."""
 
     def __init__(
-        self, zygote: str, spec: TaskSpec, slots: int, grace_ms: float, events: Events
+        self,
+        zygote: str,
+        spec: TaskSpec,
+        slots: int,
+        grace_ms: float,
+        events: Events,
+        memory: Memory | None = None,
     ) -> None:
         self._zygote = zygote
         self._spec = spec
@@ -99,6 +107,8 @@ class TaskPool:
         self._loop = asyncio.get_running_loop()
         self._processes: list[_Process] = []  # the idle ones in the order in which they became so
         self._runs: dict[int, _Process] = {}
+        self._memory = memory or Memory(spec.alias, 0, "")
+        self._memory.join(self)
         self._check: asyncio.TimerHandle | None = None
 
     # -- runs ---------------------------------------------------------------------------------
@@ -117,6 +127,7 @@ class TaskPool:
             if len(process.functions) > FUNCTIONS_SENT_MAX:
                 process.functions.popitem(last=False)
         process.child.post(calls)
+        self._memory.begun()
         self._watch()
 
     def has(self, run: int) -> bool:
@@ -141,6 +152,19 @@ class TaskPool:
     def pids(self) -> dict[int, int]:
         """Slot to process, of those that compute."""
         return {each.slot: each.child.pid for each in self._runs.values() if each.child.pid}
+
+    def tenants(self) -> Iterator[tuple[int, bool]]:
+        """See `memory.Tenants`."""
+        return ((each.child.pid, bool(each.run)) for each in self._processes)
+
+    def evict(self, pid: int) -> None:
+        """See `memory.Tenants`."""
+        process = next(each for each in self._processes if each.child.pid == pid)
+        if process.run:
+            process.evicted = True
+            process.child.kill_group()
+        else:
+            self._end(process)
 
     @property
     def spool(self) -> str:
@@ -270,14 +294,20 @@ class TaskPool:
         elif not process.child.pid:
             self._events.run_lost(slot, run, reason)
         else:
-            how = process.verdict or _how(code, reason)
-            said = f"\nIts last words:\n{words.rstrip()}" if words.strip() else ""
-            fault = Fault(
-                "process_died", f"The process of this call ended: {how}.{said}",
-                "" if said else "It printed nothing before it ended.",
-            )  # fmt: skip
+            fault = self._fault_of(process, reason, code, words)
             self._events.run_blocks(slot, run, process.next, [fault], 0.0, 0.0)
             self._events.run_ended(slot, run, None)
+
+    def _fault_of(self, process: _Process, reason: str, code: int | None, words: str) -> Fault:
+        killed = code == -signal.SIGKILL and not process.verdict
+        if process.evicted or (killed and self._memory.killed()):
+            return self._memory.fault()
+        how = process.verdict or _how(code, reason)
+        said = f"\nIts last words:\n{words.rstrip()}" if words.strip() else ""
+        return Fault(
+            "process_died", f"The process of this call ended: {how}.{said}",
+            "" if said else "It printed nothing before it ended.",
+        )  # fmt: skip
 
     # -- time ---------------------------------------------------------------------------------
 

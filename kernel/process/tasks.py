@@ -44,8 +44,6 @@ from manifold.kernel.process.messages import (
 from manifold.kernel.process.output import Printed
 from manifold.kernel.tasks.inside import lend_by
 
-# A call is given so that it is sooner ended than the node when memory is short.
-OOM_SCORE = "800"
 # One slot is one core: libraries that start a thread for each core would fight over it.
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
@@ -170,13 +168,23 @@ def _settle(spec: TaskSpec) -> None:
     os.environ.update(spec.environ)
     for name in THREADS:
         os.environ.setdefault(name, "1")
-    with contextlib.suppress(OSError):  # a wish; not every host grants it
-        Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    if spec.memory_bytes and (hard == resource.RLIM_INFINITY or spec.memory_bytes < hard):
-        resource.setrlimit(resource.RLIMIT_DATA, (spec.memory_bytes, hard))
+    throttle.be_the_first_victim()
+    if spec.memory_cgroup:
+        throttle.join(spec.memory_cgroup)
+    if spec.memory_bytes:
+        _bound_data(spec.memory_bytes)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     faulthandler.enable(file=2, all_threads=False)
+
+
+def _bound_data(memory_bytes: int) -> None:
+    """Private memory beyond what the fork has already, which it shares: more is a MemoryError."""
+    status = Path("/proc/self/status").read_text()
+    here = next(line for line in status.splitlines() if line.startswith("VmData:"))
+    most = (int(here.split()[1]) << 10) + memory_bytes
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard == resource.RLIM_INFINITY or most < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
 def main(payload: bytes, fds: list[int], liveness_fd: int) -> None:

@@ -415,6 +415,9 @@ def main(payload: bytes, fds: list[int], liveness_fd: int) -> None:
         os.dup2(log_fd, 1)
         os.dup2(log_fd, 2)
         os.close(log_fd)
+    throttle.be_the_first_victim()
+    if spec.memory_cgroup:
+        throttle.join(spec.memory_cgroup)
     joined = bool(spec.cgroup) and throttle.join(spec.cgroup)
     paced = not joined and spec.share < 1.0
     channel: Channel[ToWorker] = Channel(socket.socket(fileno=fds[0]), ToWorker)

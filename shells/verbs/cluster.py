@@ -43,6 +43,7 @@ def status(context: click.Context, as_json: bool) -> None:
         "jobs_known": len(jobs),
         "converged": all(n.alive == states.count("ready") for n in nodes if n.state == "ready"),
         "uptime_ms": max((node.uptime_ms for node in nodes), default=0.0),
+        "network": "namespaces" if any(node.line for node in nodes) else "host",
     }
     if as_json:
         print_json(found)
@@ -52,6 +53,8 @@ def status(context: click.Context, as_json: bool) -> None:
     ready = f"{found['ready']} of {found['nodes']} nodes ready"
     click.echo(f"cluster {found['cluster']}: {ready}, {converged}, up {uptime}")
     click.echo(f"workers: {found['workers']} processes for {found['slots']} slots")
+    if found["network"] == "namespaces":
+        click.echo("network: each node in a namespace of its own, joined by TCP")
     click.echo(f"jobs: {found['jobs_running']} running, {found['jobs_known']} known")
     lost = [node.alias for node in nodes if node.state in ("suspect", "dead")]
     if lost:
@@ -68,14 +71,16 @@ def node_ls(context: click.Context, as_json: bool) -> None:
     if as_json:
         print_json([node_dict(each) for each in nodes])
         return
+    lines = ["line"] if any(node.line for node in nodes) else []
     print_table(
-        ["alias", "id", "class", "state", "pid", "slots", "busy", "core", "memory", "sees", "up"],
+        ["alias", "id", "class", "state", "pid", "slots", "busy", "core", "memory", "sees", "up",
+         *lines],
         [
             (
                 n.alias, n.kid[:10], n.node_class, n.state, n.pid or None, n.cores,
                 n.load.slots - n.load.free_slots if n.load else None, n.compute,
                 human_bytes(n.memory_bytes), n.alive or None,
-                human_ms(n.uptime_ms) if n.pid else None,
+                human_ms(n.uptime_ms) if n.pid else None, *([n.line or None] if lines else []),
             )
             for n in nodes
         ],

@@ -43,6 +43,12 @@ def metrics(
             silent = [n.alias for n in nodes if not n.pid and n.state in ("ready", "suspect")]
             if silent:
                 click.secho(f"no answer from {', '.join(silent)}", fg="yellow", err=True)
+            if any(node.line for node in nodes):
+                click.secho(
+                    "the nodes are in network namespaces: only from within each is its address "
+                    "reached; `manifold metrics NODE` goes by its door",
+                    fg="yellow", err=True,
+                )  # fmt: skip
             text = json.dumps(found, indent=None if as_json else 2) + "\n"
         elif as_json:
             text = json.dumps(as_dict(client.metrics(node, "families"))) + "\n"

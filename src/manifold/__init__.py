@@ -29,7 +29,16 @@ _SDK = {
     "connect_async": "aio",
     "globals": "globals_default",
 }
-_ERRORS = ("Exhausted", "ManifoldError", "Maybe", "ProcessDied", "Refused", "Trap", "Unavailable")
+_ERRORS = (
+    "Exhausted",
+    "ManifoldError",
+    "Maybe",
+    "NoMemory",
+    "ProcessDied",
+    "Refused",
+    "Trap",
+    "Unavailable",
+)
 _LANGUAGE = ("Kernel", "array")
 
 __all__ = [
@@ -42,6 +51,7 @@ __all__ = [
     "Kernel",
     "ManifoldError",
     "Maybe",
+    "NoMemory",
     "ProcessDied",
     "Progress",
     "Refused",
@@ -62,6 +72,7 @@ if TYPE_CHECKING:
         Exhausted,
         ManifoldError,
         Maybe,
+        NoMemory,
         ProcessDied,
         Refused,
         Trap,

@@ -32,16 +32,27 @@ PATIENCE_S = 20.0
 
 
 class Net:
-    """Buses in one folder, on one loop; each keeps what it was sent."""
+    """Buses in one folder, on one loop; each keeps what it was sent. Their lines are Unix sockets
+    in that folder, or TCP at an address that no other process of these tests takes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kind: str = "unix") -> None:
         self.folder = folder
+        self.tcp = kind == "tcp"
+        self._ports: dict[str, int] = {}
         self.buses: dict[str, Bus] = {}
         self.got: dict[str, list[Incoming]] = {}
         self.answer: Callable[[Bus, Incoming], None] = lambda bus, incoming: None
 
     def address(self, name: str) -> str:
         return f"ipc://{self.folder}/{name}"
+
+    def line(self, name: str) -> str:
+        """Where its peers reach it."""
+        if not self.tcp:
+            return self.address(name)
+        port = self._ports.setdefault(name, 20_000 + 2 * len(self._ports))
+        pid = os.getpid()
+        return f"tcp://127.{pid >> 14 & 127}.{pid >> 7 & 127}.{1 + (pid & 127)}:{port}/{name}"
 
     def bus(self, name: str, *, listen: bool = True, boot: int = 1, **options: Any) -> Bus:
         got = self.got.setdefault(name, [])
@@ -50,16 +61,16 @@ class Net:
             got.append(incoming)
             self.answer(bus, incoming)
 
-        bus = Bus(name, boot, "c", DECODER, arrived, **options)
+        bus = Bus(name, boot, "c", DECODER, arrived, tcp=self.tcp, **options)
         if listen:
-            bus.listen(self.address(name))
+            bus.listen(self.address(name), self.line(name) if self.tcp else "")
         self.buses[name] = bus
         return bus
 
     def pair(self) -> tuple[Bus, Bus]:
         one, two = self.bus("K-1"), self.bus("K-2")
-        one.learn("K-2", self.address("K-2"))
-        two.learn("K-1", self.address("K-1"))
+        one.learn("K-2", self.line("K-2"))
+        two.learn("K-1", self.line("K-1"))
         return one, two
 
     async def until(self, condition: Callable[[], object], seconds: float = PATIENCE_S) -> None:
@@ -81,11 +92,25 @@ class Net:
         return await asyncio.to_thread(knock, self.address(name), hello, 2000)
 
 
+Run = Callable[[Callable[[Net], Coroutine[Any, Any, None]]], None]
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def run(request: pytest.FixtureRequest) -> Iterator[Run]:
+    """Runs a test's coroutine with a `Net` of either kind of lines; every bus is closed, and no
+    socket may be left."""
+    yield from _run(request.param)
+
+
 @pytest.fixture
-def run() -> Iterator[Callable[[Callable[[Net], Coroutine[Any, Any, None]]], None]]:
-    """Runs a test's coroutine with a `Net`; every bus is closed, and no socket may be left."""
+def run_unix() -> Iterator[Run]:
+    """For what is about the door, and files of sockets."""
+    yield from _run("unix")
+
+
+def _run(kind: str) -> Iterator[Run]:
     folder = Path(tempfile.mkdtemp(prefix="mf-"))
-    net = Net(folder)
+    net = Net(folder, kind)
 
     async def closing(test: Callable[[Net], Awaitable[None]]) -> None:
         try:
@@ -98,9 +123,6 @@ def run() -> Iterator[Callable[[Callable[[Net], Coroutine[Any, Any, None]]], Non
     left = [path.name for path in folder.iterdir()]
     shutil.rmtree(folder)
     assert left == []
-
-
-Run = Callable[[Callable[[Net], Coroutine[Any, Any, None]]], None]
 
 
 def test_everything_sent_in_one_tick_leaves_as_one_message(run: Run) -> None:
@@ -189,7 +211,7 @@ def test_who_is_not_known_is_unavailable(run: Run) -> None:
 def test_a_full_queue_is_unavailable_and_never_blocks(run: Run) -> None:
     async def test(net: Net) -> None:
         one = net.bus("K-1")
-        one.learn("K-2", net.address("K-2"))  # where nobody listens
+        one.learn("K-2", net.line("K-2"))  # where nobody listens
         sent, began = 0, time.monotonic()
         with pytest.raises(Unavailable, match="full"):
             for sent in range(200 * PEER_QUEUE_ENVELOPES_MAX):
@@ -246,26 +268,27 @@ import asyncio, os, signal, sys
 from manifold.kernel.hyperbus.driver import Bus
 from manifold.kernel.messages import DECODER, Done
 
-async def main(address):
+async def main(address, line, ours):
+    tcp = line.startswith("tcp:")
     def arrived(incoming):
         bus.reply(incoming, Done(f"{os.getpid()} got {incoming.body.what}"))
-    bus = Bus("K-2", os.getpid(), "c", DECODER, arrived)
-    bus.learn("K-1", sys.argv[2])
-    bus.listen(address)
+    bus = Bus("K-2", os.getpid(), "c", DECODER, arrived, tcp=tcp)
+    bus.learn("K-1", ours)
+    bus.listen(address, line if tcp else "")
     print("up", flush=True)
     await asyncio.Event().wait()
 
-asyncio.run(main(sys.argv[1]))
+asyncio.run(main(*sys.argv[1:]))
 """
 
 
 def test_a_process_killed_without_goodbye_is_reached_again_when_it_is_back(run: Run) -> None:
     async def test(net: Net) -> None:
         one = net.bus("K-1")
-        one.learn("K-2", net.address("K-2"))
+        one.learn("K-2", net.line("K-2"))
         for life in range(3):
             process = subprocess.Popen(
-                [sys.executable, "-c", OTHER, net.address("K-2"), net.address("K-1")],
+                [sys.executable, "-c", OTHER, net.address("K-2"), net.line("K-2"), net.line("K-1")],
                 stdout=subprocess.PIPE, text=True,
             )  # fmt: skip
             try:
@@ -284,10 +307,10 @@ def test_a_process_killed_without_goodbye_is_reached_again_when_it_is_back(run: 
 def test_a_stopped_process_blocks_nobody_and_gets_what_waited_when_it_goes_on(run: Run) -> None:
     async def test(net: Net) -> None:
         one, three = net.bus("K-1"), net.bus("K-3")
-        one.learn("K-2", net.address("K-2"))
-        one.learn("K-3", net.address("K-3"))
+        one.learn("K-2", net.line("K-2"))
+        one.learn("K-3", net.line("K-3"))
         process = subprocess.Popen(
-            [sys.executable, "-c", OTHER, net.address("K-2"), net.address("K-1")],
+            [sys.executable, "-c", OTHER, net.address("K-2"), net.line("K-2"), net.line("K-1")],
             stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         try:
@@ -321,7 +344,7 @@ def test_a_stopped_process_blocks_nobody_and_gets_what_waited_when_it_goes_on(ru
 def test_what_is_sent_while_nobody_listens_yet_arrives_in_order(run: Run) -> None:
     async def test(net: Net) -> None:
         one = net.bus("K-1")
-        one.learn("K-2", net.address("K-2"))
+        one.learn("K-2", net.line("K-2"))
         for number in range(PEER_QUEUE_ENVELOPES_MAX):
             one.send("K-2", Done(str(number)))
             if number % 100 == 0:
@@ -348,7 +371,7 @@ def test_dialers_are_few_and_the_one_unused_for_longest_goes(
         one = net.bus("K-1")
         names = [f"K-{n}" for n in range(100, 100 + DIALERS_MAX + 5)]
         for name in names:
-            one.learn(name, net.address(name))
+            one.learn(name, net.line(name))
             one.send(name, Done())
             await asyncio.sleep(0.001)
             one.send(names[0], Done())  # in use all the time
@@ -366,7 +389,7 @@ def test_a_question_to_more_peers_than_are_dialed_reaches_them_all(run: Run) -> 
         names = [f"K-{n}" for n in range(100, 100 + DIALERS_MAX + 16)]
         for name in names:
             net.bus(name)
-            one.learn(name, net.address(name))
+            one.learn(name, net.line(name))
         for name in names:
             one.send(name, Done())
         await net.until(lambda: all(net.got[name] for name in names))
@@ -394,7 +417,7 @@ def test_an_address_that_cannot_be_dialed_costs_the_message_and_nothing_else(
 # -- the door and reverse channels ----------------------------------------------------------------
 
 
-def test_a_client_without_an_address_is_answered_over_a_reverse_channel(run: Run) -> None:
+def test_a_client_without_an_address_is_answered_over_a_reverse_channel(run_unix: Run) -> None:
     async def test(net: Net) -> None:
         node = net.bus("K-1", alias="server-01")
         client = net.bus("C-1", listen=False)
@@ -412,10 +435,10 @@ def test_a_client_without_an_address_is_answered_over_a_reverse_channel(run: Run
         with pytest.raises(Unavailable):
             node.send("C-1", Done())
 
-    run(test)
+    run_unix(test)
 
 
-def test_reverse_channels_are_few_and_those_nobody_dials_are_closed(run: Run) -> None:
+def test_reverse_channels_are_few_and_those_nobody_dials_are_closed(run_unix: Run) -> None:
     async def test(net: Net) -> None:
         node = net.bus("K-1", listen=False)
         node.listen_client(net.address("K-1"))
@@ -430,26 +453,26 @@ def test_reverse_channels_are_few_and_those_nobody_dials_are_closed(run: Run) ->
         node.send("C-used", Done())
         await net.until(lambda: net.got["C-used"])
 
-    run(test)
+    run_unix(test)
 
 
-def test_a_knock_where_nobody_is_fails_at_once(run: Run) -> None:
+def test_a_knock_where_nobody_is_fails_at_once(run_unix: Run) -> None:
     async def test(net: Net) -> None:
         began = time.monotonic()
         with pytest.raises(NoCluster, match="manifold up"):
             await net.knocked("K-1", Hello(VERSION, "c", "C-1", 1, ""))
         assert time.monotonic() - began < 1
 
-    run(test)
+    run_unix(test)
 
 
-def test_a_knock_at_another_clusters_door_is_refused(run: Run) -> None:
+def test_a_knock_at_another_clusters_door_is_refused(run_unix: Run) -> None:
     async def test(net: Net) -> None:
         net.bus("K-1")
         with pytest.raises(Refused, match="this is cluster 'c', not 'd'"):
             await net.knocked("K-1", Hello(VERSION, "d", "C-1", 1, ""))
 
-    run(test)
+    run_unix(test)
 
 
 # -- the filter -----------------------------------------------------------------------------------
@@ -460,14 +483,14 @@ def test_a_cut_holds_one_way_also_for_what_is_sent_by_address(run: Run) -> None:
         one, two = net.pair()
         one.filter.set("K-2", Link(cut_to=True))
         one.send("K-2", Done())
-        one.send(net.address("K-2"), Done())
+        one.send(net.line("K-2"), Done())
         two.send("K-1", Done())
         await net.until(lambda: net.got["K-1"] and one.counters["frames_cut"] == 2)
         one.forget("K-2")  # a peer that is held for dead is still who lives there
-        one.send(net.address("K-2"), Done())
+        one.send(net.line("K-2"), Done())
         await net.until(lambda: one.counters["frames_cut"] == 3)
         one.filter.clear()
-        one.send(net.address("K-2"), Done("healed"))
+        one.send(net.line("K-2"), Done("healed"))
         await net.until(lambda: net.got["K-2"])
         assert [incoming.body for incoming in net.got["K-2"]] == [Done("healed")]
 
@@ -545,7 +568,7 @@ def test_every_frame_passes_the_seal_and_what_is_not_sealed_is_dropped(run: Run)
         one, two = net.bus("K-1", seal=seals[0]), net.bus("K-2", seal=seals[1])
         stranger = net.bus("K-3")
         for bus in (one, stranger):
-            bus.learn("K-2", net.address("K-2"))
+            bus.learn("K-2", net.line("K-2"))
         one.send("K-2", Done("on control"))
         one.send("K-2", LogLines("on data", 0, ("x" * 1000,) * 3000), Plane.DATA)
         stranger.send("K-2", Done("not sealed"))
@@ -558,9 +581,9 @@ def test_every_frame_passes_the_seal_and_what_is_not_sealed_is_dropped(run: Run)
     run(test)
 
 
-def test_sockets_are_only_where_they_were_asked_for(run: Run) -> None:
+def test_sockets_are_only_where_they_were_asked_for(run_unix: Run) -> None:
     async def test(net: Net) -> None:
         net.bus("K-1")
         assert sorted(os.listdir(net.folder)) == ["K-1.a", "K-1.c", "K-1.d"]
 
-    run(test)
+    run_unix(test)

@@ -77,7 +77,10 @@ class Place:
 
     def left(self) -> list[str]:
         """Everything that should be gone by now."""
-        groups = [root / throttle.ABOVE / self.runtime.name for root, _ in throttle.ROOTS]
+        groups = [
+            root / throttle.ABOVE / self.runtime.name
+            for root, _ in (*throttle.ROOTS, *throttle.MEMORY_ROOTS)
+        ]
         held = [] if record.wait_released(self.folder, 0) else ["the lock"]
         there = [str(path) for path in (self.runtime, *groups) if path.exists()]
         return [*map(str, self.processes()), *there, *held]

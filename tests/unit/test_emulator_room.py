@@ -37,7 +37,7 @@ def test_a_soft_limit_is_raised_as_far_as_needed(limits: list[tuple[int, int]]) 
     room.make(128)
     soft, hard = limits[-1]
     assert hard == 4096
-    assert used() + 3 * 128 <= soft <= used() + 3 * 128 + room.SPARE + 1
+    assert used() + room.PER_NODE * 128 <= soft <= used() + room.PER_NODE * 128 + room.SPARE + 1
 
 
 def test_too_many_nodes_are_refused_with_as_many_as_would_do(

@@ -1,4 +1,5 @@
-"""Lines over stream sockets: frames stay whole, connections are few and fair, breaks are healed."""
+"""Lines over stream sockets, of one host and over TCP alike: frames stay whole, connections are few
+and fair, breaks are healed."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manifold.kernel.errors import PeerError, Unavailable
-from manifold.kernel.hyperbus import streams
+from manifold.kernel.hyperbus import endpoints, streams
+from manifold.kernel.hyperbus.endpoints import Tcp, Where
 from manifold.kernel.hyperbus.splitter import LENGTH, SEALED_BYTES_MAX, Splitter, framed
 from manifold.kernel.hyperbus.streams import Receiver, Sender
 from manifold.kernel.limits import SOCKET_BUFFER_FRAMES
@@ -88,11 +90,13 @@ def test_no_more_is_held_than_has_come_and_the_largest_frame_passes() -> None:
 
 
 class Bench:
-    """A folder with a receiver, and what it was given."""
+    """A folder or a port with a receiver, and what it was given."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kind: str) -> None:
         self.folder = folder
         self.path = str(folder / "line")
+        self.where: Where = self.path if kind == "unix" else free_port()
+        self.family = socket.AF_UNIX if kind == "unix" else socket.AF_INET
         self.loop = asyncio.get_running_loop()
         self.got: list[bytes] = []
         self.bad: list[PeerError] = []
@@ -100,27 +104,29 @@ class Bench:
         self.stack = ExitStack()
 
     def receiver(self) -> Receiver:
-        receiver = Receiver(self.path, self.loop, self.got.append, self.bad.append, self.counters)
+        receiver = Receiver(self.where, self.loop, self.got.append, self.bad.append, self.counters)
         self.stack.callback(receiver.close)
         return receiver
 
     def sender(self, on_ready: Callable[[], None] = lambda: None) -> Sender:
-        sender = Sender(self.path, self.loop, on_ready, self.counters)
+        sender = Sender(self.where, self.loop, on_ready, self.counters)
         self.stack.callback(sender.close)
         return sender
 
     def raw(self, data: bytes = b"") -> socket.socket:
         """Somebody who connects and says `data`."""
-        made = self.stack.enter_context(socket.socket(socket.AF_UNIX))
-        made.connect(self.path)
+        made = self.stack.enter_context(socket.socket(self.family))
+        made.connect(self.where)
         made.sendall(data)
         return made
 
     def listener(self, backlog: int = 8) -> socket.socket:
         """Somebody who listens, and accepts when the test says so."""
-        made = self.stack.enter_context(socket.socket(socket.AF_UNIX))
+        made = self.stack.enter_context(socket.socket(self.family))
         made.settimeout(PATIENCE_S)
-        made.bind(self.path)
+        if self.family == socket.AF_INET:  # what the test before has left in the kernel
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(self.where)
         made.listen(backlog)
         return made
 
@@ -135,6 +141,21 @@ class Bench:
                 await asyncio.sleep(0.001)
 
 
+def free_port() -> Tcp:
+    """On an address of this host that no other process of these tests takes."""
+    host = f"127.{os.getpid() >> 14 & 127}.{os.getpid() >> 7 & 127}.{1 + (os.getpid() & 127)}"
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return Tcp(*probe.getsockname())
+
+
+def refused(raw: socket.socket) -> None:
+    """What is sent from here on is not taken: TCP says so once its answer has come."""
+    with pytest.raises((BrokenPipeError, ConnectionResetError)):
+        for _ in range(1 if raw.family == socket.AF_UNIX else 2):
+            raw.sendall(b"more")
+
+
 def everything(raw: socket.socket, count: int) -> list[bytes]:
     """`count` frames from a socket, or as many as there are."""
     splitter, frames = Splitter(), []
@@ -146,12 +167,23 @@ def everything(raw: socket.socket, count: int) -> list[bytes]:
 Run = Callable[[Callable[[Bench], Coroutine[Any, Any, None]]], None]
 
 
+@pytest.fixture(params=["unix", "tcp"])
+def run(request: pytest.FixtureRequest) -> Iterator[Run]:
+    """Tests of the streams, over both kinds."""
+    yield from _run(request.param)
+
+
 @pytest.fixture
-def run() -> Iterator[Run]:
+def run_unix() -> Iterator[Run]:
+    """Tests of the file that a socket of one host has."""
+    yield from _run("unix")
+
+
+def _run(kind: str) -> Iterator[Run]:
     folder = Path(tempfile.mkdtemp(prefix="mf-"))
 
     async def closing(test: Callable[[Bench], Coroutine[Any, Any, None]]) -> None:
-        bench = Bench(folder)
+        bench = Bench(folder, kind)
         with bench.stack:
             await test(bench)
 
@@ -183,8 +215,7 @@ def test_a_hostile_length_closes_its_connection_and_no_other(run: Run) -> None:
         hostile = bench.raw(framed(b"still good") + LENGTH.pack(SEALED_BYTES_MAX + 1) + b"x" * 99)
         await bench.until(lambda: bench.bad)
         assert "larger" in str(bench.bad[0])
-        with pytest.raises(BrokenPipeError):
-            hostile.sendall(b"more")
+        refused(hostile)
         assert len(receiver) == 1
         good.sendall(framed(b"after"))
         await bench.until(lambda: len(bench.got) == 3)
@@ -209,8 +240,7 @@ def test_connections_are_few_and_the_one_silent_for_longest_goes_when_it_was_rea
         await bench.until(lambda: bench.counters["connections_closed"] == 1)
         await bench.until(lambda: len(receiver) == 8)
         assert b"a last word" in bench.got
-        with pytest.raises(BrokenPipeError):
-            first[1].sendall(b"more")
+        refused(first[1])
         for number in (0, *range(2, 8)):
             first[number].sendall(framed(b"still here"))
         await bench.until(lambda: bench.got.count(b"still here") == 7)
@@ -249,7 +279,7 @@ def test_what_has_come_is_handed_on_before_more_is_read(
             held.append(max(each.splitter.held_bytes for each in receiver._connections.values()))
 
         held: list[int] = []
-        receiver = Receiver(bench.path, bench.loop, arrived, bench.bad.append, bench.counters)
+        receiver = Receiver(bench.where, bench.loop, arrived, bench.bad.append, bench.counters)
         bench.stack.callback(receiver.close)
         bench.raw(framed(b"") * 5000)
         await bench.until(lambda: len(bench.got) == 5000)
@@ -286,7 +316,7 @@ def test_a_receiver_may_be_closed_by_the_frame_it_gives(run: Run) -> None:
             bench.got.append(frame)
             receiver.close()
 
-        receiver = Receiver(bench.path, bench.loop, closes, bench.bad.append, bench.counters)
+        receiver = Receiver(bench.where, bench.loop, closes, bench.bad.append, bench.counters)
         bench.raw(framed(b"one") + framed(b"two"))
         await bench.until(lambda: bench.got)
         assert bench.got == [b"one"]
@@ -298,7 +328,7 @@ def test_a_receiver_may_be_closed_by_the_frame_it_gives(run: Run) -> None:
 # -- the path -------------------------------------------------------------------------------------
 
 
-def test_what_a_killed_process_left_is_replaced_and_whoever_listens_is_not(run: Run) -> None:
+def test_what_a_killed_process_left_is_replaced_and_whoever_listens_is_not(run_unix: Run) -> None:
     async def test(bench: Bench) -> None:
         left = bench.listener()
         with pytest.raises(Unavailable, match="run already"):
@@ -309,20 +339,20 @@ def test_what_a_killed_process_left_is_replaced_and_whoever_listens_is_not(run: 
         bench.raw(framed(b"here"))
         await bench.until(lambda: bench.got)
 
-    run(test)
+    run_unix(test)
 
 
-def test_a_file_that_is_no_socket_is_not_taken_away(run: Run) -> None:
+def test_a_file_that_is_no_socket_is_not_taken_away(run_unix: Run) -> None:
     async def test(bench: Bench) -> None:
         Path(bench.path).write_text("mine")
         with pytest.raises(Unavailable):
             bench.receiver()
         assert Path(bench.path).read_text() == "mine"
 
-    run(test)
+    run_unix(test)
 
 
-def test_closing_takes_away_its_own_file_and_no_other(run: Run) -> None:
+def test_closing_takes_away_its_own_file_and_no_other(run_unix: Run) -> None:
     async def test(bench: Bench) -> None:
         mine = bench.receiver()
         os.unlink(bench.path)
@@ -334,16 +364,16 @@ def test_closing_takes_away_its_own_file_and_no_other(run: Run) -> None:
         bench.receiver().close()
         assert not os.path.exists(bench.path)
 
-    run(test)
+    run_unix(test)
 
 
 @pytest.mark.parametrize("path", ["/tmp/" + "x" * 103, "/tmp/a\0b", "/tmp/\ud800"])
-def test_a_path_that_no_socket_has_is_refused(run: Run, path: str) -> None:
+def test_a_path_that_no_socket_has_is_refused(run_unix: Run, path: str) -> None:
     async def test(bench: Bench) -> None:
         with pytest.raises(PeerError, match="path"):
             Sender(path, bench.loop, lambda: None, bench.counters)
 
-    run(test)
+    run_unix(test)
 
 
 # -- sending --------------------------------------------------------------------------------------
@@ -421,6 +451,20 @@ def test_a_frame_that_was_partly_written_when_its_connection_broke_is_never_sent
         again = await bench.accept(listener)
         frames = await asyncio.to_thread(everything, again, 5)
         assert frames == [b"%d" % number for number in range(5)]
+        assert bench.counters["frames_lost"] == 1
+
+    run(test)
+
+
+def test_who_waited_is_told_when_the_only_frame_was_lost_with_its_connection(run: Run) -> None:
+    async def test(bench: Bench) -> None:
+        called: list[bool] = []
+        listener, sender = bench.listener(), bench.sender(lambda: called.append(sender.ready))
+        while sender.ready:
+            sender.send(b"a" * LARGE)
+        (await bench.accept(listener)).close()
+        await bench.until(lambda: called)
+        assert called == [True]
         assert bench.counters["frames_lost"] == 1
 
     run(test)
@@ -516,3 +560,62 @@ def test_attempts_are_rarer_and_rarer_and_none_is_made_while_nothing_waits(
         clock.run()
     gaps = [round(late - early, 6) for early, late in pairwise(attempts)]
     assert gaps == [0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0, 1.0, 1.0]
+
+
+# -- over TCP -------------------------------------------------------------------------------------
+
+
+def test_a_port_at_which_somebody_listens_is_not_taken(run: Run) -> None:
+    async def test(bench: Bench) -> None:
+        bench.receiver()
+        with pytest.raises(Unavailable, match="run already"):
+            bench.receiver()
+
+    run(test)
+
+
+def test_a_connection_that_ends_while_nothing_is_sent_is_let_go(run: Run) -> None:
+    async def test(bench: Bench) -> None:
+        listener, sender = bench.listener(), bench.sender()
+        sender.send(b"one")
+        before = sockets_open()
+        (await bench.accept(listener)).close()
+        if bench.family == socket.AF_INET:  # of one host it is seen with the next frame
+            await bench.until(lambda: len(before - sockets_open()) == 1)
+        sender.send(b"two")
+        again = await bench.accept(listener)
+        assert everything(again, 1) == [b"two"]
+
+    run(test)
+
+
+def test_an_attempt_that_nobody_answers_is_given_up_and_made_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(streams, "CONNECT_S", 0.05)
+
+    async def test(bench: Bench) -> None:
+        attempts: list[socket.socket] = []
+        real = endpoints.attempt
+
+        def silent(where: Where) -> tuple[socket.socket, bool]:
+            """As a network that has lost the SYN: the first three never become writable."""
+            if len(attempts) >= 3:
+                return real(where)
+            ours, theirs = socket.socketpair()
+            ours.setblocking(False)
+            with suppress(BlockingIOError):
+                while True:
+                    ours.send(b"x" * 65536)
+            attempts.append(bench.stack.enter_context(theirs))
+            return ours, False
+
+        monkeypatch.setattr(endpoints, "attempt", silent)
+        bench.receiver()
+        sender = bench.sender()
+        sender.send(b"in the end")
+        await bench.until(lambda: bench.got)
+        assert (bench.got, len(attempts)) == ([b"in the end"], 3)
+
+    for run in _run("tcp"):
+        run(test)

@@ -49,6 +49,20 @@ def test_version_2_delegates_the_controller_and_limits_by_cpu_max(v2: Path) -> N
     assert not (path / "cgroup.subtree_control").exists()  # a group of processes delegates nothing
 
 
+def test_memory_is_limited_without_a_way_out_by_swap(v1: Path, v2: Path) -> None:
+    path = Path(throttle.prepare_memory("run/rpi4-01", 64 << 20, [(v1, 1)]))
+    assert (path / "memory.limit_in_bytes").read_text() == str(64 << 20)
+    (path / "memory.memsw.limit_in_bytes").touch()  # where the kernel accounts for swap
+    throttle.prepare_memory("run/rpi4-01", 32 << 20, [(v1, 1)])
+    assert (path / "memory.memsw.limit_in_bytes").read_text() == str(32 << 20)
+    new = v2 / "manifold" / "run" / "rpi4-01"
+    (new / "memory.swap.max").touch()
+    assert throttle.prepare_memory("run/rpi4-01", 64 << 20, [(v2, 2)]) == str(new)
+    assert (new / "memory.max").read_text() == str(64 << 20)
+    assert (new / "memory.swap.max").read_text() == "0"
+    assert (new.parent / "cgroup.subtree_control").read_text() == "+memory"
+
+
 def test_the_least_quota_is_what_the_kernel_takes(v1: Path) -> None:
     path = Path(throttle.prepare("run/tiny", 0.0001, [(v1, 1)]))
     assert (path / "cpu.cfs_quota_us").read_text() == str(QUOTA_US_MIN)
@@ -100,6 +114,24 @@ def test_all_groups_of_a_cluster_are_removed_and_no_other(tmp_path: Path) -> Non
         (tmp_path / "manifold" / name).mkdir(parents=True)
     throttle.remove_all("run", [(tmp_path, 1), (tmp_path / "missing", 2)])
     assert [path.name for path in (tmp_path / "manifold").iterdir()] == ["other"]
+
+
+@pytest.mark.skipif(
+    not os.access("/sys/fs/cgroup/memory/cgroup.procs", os.W_OK), reason="no cgroup v1"
+)
+def test_the_real_kernel_takes_a_limit_of_memory_and_another() -> None:
+    group = f"test-{os.getpid()}"
+    path = throttle.prepare_memory(f"{group}/x", 64 << 20)
+    try:
+        throttle.prepare_memory(f"{group}/x", 96 << 20)
+        assert Path(path, "memory.limit_in_bytes").read_text().strip() == str(96 << 20)
+        throttle.prepare_memory(f"{group}/x", 32 << 20)
+        assert Path(path, "memory.limit_in_bytes").read_text().strip() == str(32 << 20)
+        assert throttle.memory_kills(path) == 0
+    finally:
+        throttle.remove(path)
+    assert throttle.memory_kills(path) == 0
+    assert not Path(path).parent.exists()
 
 
 @pytest.mark.skipif(

@@ -38,6 +38,7 @@ def test_so_many_nodes_are_started(
         ((-1,), {}, "no number of nodes"),
         ((True,), {}, "no number of nodes"),
         (("5",), {}, "no number of nodes"),
+        ((), {"netns": "yes"}, "neither True nor False"),
         ((), {"classes": ["small"]}, "classes= wants a mapping"),
         ((), {"overrides": "scheduler.grain=5ms"}, "overrides= wants a mapping"),
         ((), {"seed": -1}, "is no seed"),

@@ -25,6 +25,7 @@ from manifold.kernel.effects import Plane
 from manifold.kernel.hyperbus.driver import Bus, Incoming
 from manifold.kernel.hyperbus.filter import Link
 from manifold.kernel.messages import DECODER, Done
+from manifold.tools.bench import cables
 from manifold.tools.bench.harness import Figure, percentile
 
 LATENCY_MS = 10.0
@@ -153,7 +154,7 @@ async def _measure(folder: str, quick: bool) -> list[Figure]:
 
 
 def run(quick: bool = False) -> list[Figure]:
-    """Errors and rates, between this process and one of its own."""
+    """Errors and rates, between this process and one of its own; and those of real cables."""
     with tempfile.TemporaryDirectory(prefix="mf-links-") as folder:
         command = [sys.executable, "-P", "-m", __name__, str(Path(folder) / "receiver")]
         receiver = subprocess.Popen(
@@ -162,9 +163,10 @@ def run(quick: bool = False) -> list[Figure]:
         try:
             assert receiver.stdout is not None
             assert receiver.stdout.readline() == b"ready\n"
-            return uvloop.run(_measure(folder, quick))
+            figures = uvloop.run(_measure(folder, quick))
         finally:
             receiver.communicate()
+    return figures + cables.figures(quick)
 
 
 if __name__ == "__main__":

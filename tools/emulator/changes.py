@@ -108,7 +108,7 @@ class Changes:
                 self._supervisor.tell(node, Drain(drain_s * 1000))
             for node in leaving:
                 await self._supervisor.gone(node, late_s)
-                self._supervisor.dismiss(node)
+                await self._supervisor.dismiss(node)
 
     async def _settle(self, leaving: Sequence[Watched], staying: Sequence[Watched]) -> None:
         """D2."""

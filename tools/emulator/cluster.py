@@ -6,18 +6,20 @@ is running. `down` ends whatever supervises a cluster and returns once nothing o
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from manifold.kernel import places
 from manifold.kernel.config import Config, NodeClass
-from manifold.kernel.errors import Unavailable
+from manifold.kernel.errors import Refused, Unavailable
 from manifold.kernel.process import remains, throttle
 from manifold.tools.emulator import control, record, room
 from manifold.tools.emulator.changes import Changes
 from manifold.tools.emulator.members import Members
+from manifold.tools.emulator.network import Network
 from manifold.tools.emulator.supervisor import Supervisor, refuse_taken
 
 CONVERGE_S = 30.0  # for nodes to see each other, on a host that is busy with other things
@@ -46,24 +48,39 @@ async def up(
     environ: Mapping[str, str],
     on_event: Callable[[str], None],
     roots: throttle.Roots = throttle.ROOTS,
+    memory_roots: throttle.Roots = throttle.MEMORY_ROOTS,
+    *,
+    netns: bool = False,
 ) -> Supervisor:
     """Start `count` nodes spread over the classes. `Refused` where the cluster is up already.
 
     Agents of this cluster that run on this host already are joined. `roots` are where cgroups may
-    be made; with none, compute shares are kept by pacing.
+    be made; with none, compute shares are kept by pacing, and nodes keep the books of memory.
+    `netns`: nodes are in network namespaces; `Unsupported` where that cannot be.
     """
     room.make(count)
     runtime = places.runtime_path(config.cluster, environ)
     lock = record.Lock(places.cluster_dir(config.cluster, environ))
     refuse_taken(lock, count, runtime)
+    network: Network | None = None
     try:
+        network = Network() if netns else None
         remains.clear_spool(places.spool_dir(config.cluster, environ), runtime)
         remains.clear_folder(runtime)  # who was killed may have left it
         runtime = places.runtime_dir(config.cluster, environ)
         agents = [f"ipc://{str(path)[:-2]}" for path in sorted(runtime.glob("*.d"))]
-        members = Members(config, runtime, environ, roots, agents)
+        if network is not None:
+            refuse_agents(agents)
+            (runtime / places.NETNS).touch()
+        members = Members(config, runtime, environ, roots, agents, memory_roots, network)
         specs = members.first(count)
+        if network is not None:
+            await asyncio.to_thread(network.attach_all)
     except BaseException:
+        if network is not None:
+            network.close()
+        above = throttle.above(runtime.name, tuple(dict.fromkeys((*roots, *memory_roots))))
+        remains.clear(remains.Remains(str(runtime), True, (), (), above))
         lock.release()
         raise
     supervisor = Supervisor(specs, runtime, lock, on_event=on_event, members=members)
@@ -77,6 +94,16 @@ async def up(
         await supervisor.stop()
         raise
     return supervisor
+
+
+def refuse_agents(agents: Sequence[str]) -> None:
+    """Who is in no namespace reaches nobody who is in one."""
+    if agents:
+        names = ", ".join(each.rpartition("/")[2] for each in agents)
+        raise Refused(
+            f"{names} of this cluster runs here already, and is in no namespace.",
+            "End it (Ctrl-C), or leave out --netns.",
+        )
 
 
 def down(cluster: str, environ: Mapping[str, str]) -> bool:
@@ -97,5 +124,5 @@ def down(cluster: str, environ: Mapping[str, str]) -> bool:
     remains.clear_spool(places.spool_dir(cluster, environ), runtime)
     if os.path.isdir(runtime):
         remains.clear_folder(runtime)
-    throttle.remove_all(runtime.name)
+    throttle.remove_all(runtime.name, (*throttle.ROOTS, *throttle.MEMORY_ROOTS))
     return was_up

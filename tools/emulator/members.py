@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
+
 from manifold.kernel import places
 from manifold.kernel.config import Config, NodeClass
 from manifold.kernel.config_loader import nearest
@@ -17,6 +19,7 @@ from manifold.kernel.errors import NotFound, Refused
 from manifold.kernel.limits import NODES_MAX
 from manifold.kernel.nodespec import NodeSpec
 from manifold.kernel.process import throttle
+from manifold.tools.emulator.network import Network
 
 
 def node_spec(
@@ -28,16 +31,18 @@ def node_spec(
     environ: Mapping[str, str],
     zygote: str,
     roots: throttle.Roots = throttle.ROOTS,
+    memory_roots: throttle.Roots = throttle.MEMORY_ROOTS,
 ) -> NodeSpec:
     """The specification of one node on this host."""
     group = f"{runtime.name}/{alias}"
     cores = kind.cores * kind.compute
     cgroup = throttle.prepare(group, cores, roots) if kind.compute < 1.0 else ""
+    memory_cgroup = throttle.prepare_memory(group, kind.memory, memory_roots)
     address = f"ipc://{places.ipc_path(runtime, alias)}"
     return NodeSpec(
         alias, kind.name, config, str(places.state_dir(config.cluster, alias, environ)), address,
         seeds, zygote, cgroup, kind.cores, kind.compute, kind.memory, kind.bandwidth, kind.latency,
-        kind.gpu,
+        kind.gpu, memory_cgroup=memory_cgroup,
     )  # fmt: skip
 
 
@@ -52,11 +57,15 @@ class Members:
         environ: Mapping[str, str],
         roots: throttle.Roots,
         agents: Sequence[str] = (),
+        memory_roots: throttle.Roots = throttle.MEMORY_ROOTS,
+        network: Network | None = None,
     ) -> None:
         self.config = config
         self.runtime = runtime
         self.agents = tuple(agents)
         self.roots = roots
+        self.memory_roots = memory_roots
+        self.network = network  # where its nodes are in namespaces
         self._environ = environ
         self._zygote = str(runtime / "zygote")
         self._last: dict[str, int] = {}  # of each class: the highest number given out (B1)
@@ -64,16 +73,17 @@ class Members:
     @property
     def above(self) -> tuple[str, ...]:
         """The groups that those of all its nodes are in."""
-        return throttle.above(self.runtime.name, self.roots)
+        roots = dict.fromkeys((*self.roots, *self.memory_roots))
+        return throttle.above(self.runtime.name, tuple(roots))
 
     def first(self, count: int) -> list[NodeSpec]:
         """`count` nodes, spread over the classes."""
         members = self.config.spread(count)
         for _, kind in members:
             self._last[kind.name] = self._last.get(kind.name, 0) + 1
-        addresses = [f"ipc://{places.ipc_path(self.runtime, alias)}" for alias, _ in members]
-        seeds = (*addresses, *self.agents)
-        return [self._spec(alias, kind, seeds) for alias, kind in members]
+        specs = [self._spec(alias, kind, ()) for alias, kind in members]
+        seeds = (*(spec.reached_at for spec in specs), *self.agents)
+        return [msgspec.structs.replace(spec, seeds=seeds) for spec in specs]
 
     def more(self, name: str, count: int, seeds: tuple[str, ...]) -> list[NodeSpec]:
         """`count` more of class `name`, "" is the first of the file."""
@@ -98,7 +108,11 @@ class Members:
 
     def _spec(self, alias: str, kind: NodeClass, seeds: tuple[str, ...]) -> NodeSpec:
         spec = node_spec(
-            self.config, alias, kind, self.runtime, seeds, self._environ, self._zygote, self.roots
-        )
+            self.config, alias, kind, self.runtime, seeds, self._environ, self._zygote,
+            self.roots, self.memory_roots,
+        )  # fmt: skip
         Path(spec.state_dir).mkdir(parents=True, exist_ok=True, mode=0o700)
+        if self.network is not None:
+            line = self.network.plan(alias, kind.bandwidth)
+            return msgspec.structs.replace(spec, line=line)
         return spec

@@ -11,7 +11,7 @@ import resource
 
 from manifold.kernel.errors import Refused
 
-PER_NODE = 3  # a channel, a pidfd, and for a moment the channel's other end
+PER_NODE = 4  # a channel, a pidfd, a namespace, and for a moment the channel's other end
 SPARE = 128  # the zygote's, and those of whoever shares the process: clients, logs, tests
 
 

@@ -46,6 +46,7 @@ from manifold.kernel.process.channel import Channel, Closed
 from manifold.kernel.process.remains import Remains, clear
 from manifold.kernel.process.zygote import read_forked, request_fork
 from manifold.tools.emulator.members import Members
+from manifold.tools.emulator.network import Network
 from manifold.tools.emulator.orders import read as read_orders
 from manifold.tools.emulator.record import Lock
 from manifold.vm.kid import Kid
@@ -189,7 +190,7 @@ class Supervisor:
     def seeds(self) -> tuple[str, ...]:
         """Where one that comes, or comes back, finds the others."""
         agents = self.specs[0].seeds if self.members is None else self.members.agents
-        return tuple(dict.fromkeys((*(spec.address for spec in self.specs), *agents)))
+        return tuple(dict.fromkeys((*(spec.reached_at for spec in self.specs), *agents)))
 
     @property
     def failing(self) -> list[str]:
@@ -276,6 +277,8 @@ class Supervisor:
                 self._zygote.kill()
                 self._zygote.wait()
         clear(self._remains())
+        if self.network is not None:
+            self.network.close()
         self.lock.release()
 
     # -- nodes --------------------------------------------------------------------------------
@@ -284,12 +287,11 @@ class Supervisor:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         orders = read_orders(self.runtime_dir)
-        spec = msgspec.msgpack.encode(msgspec.structs.replace(node.spec, orders=orders))
         # Those that it was told of at first may have left since.
-        spec = msgspec.msgpack.encode(msgspec.structs.replace(node.spec, seeds=self.seeds))
+        told = msgspec.structs.replace(node.spec, orders=orders, seeds=self.seeds)
         try:
             with theirs:
-                pid = await asyncio.to_thread(self._ask_zygote, spec, theirs.fileno())
+                pid = await asyncio.to_thread(self._ask_zygote, told, theirs.fileno())
         except ManifoldError as error:
             ours.close()
             self.on_event(f"{node.spec.alias} could not be started: {error}")
@@ -310,10 +312,16 @@ class Supervisor:
             return
         loop.add_reader(node.pidfd, self._died, node)
 
-    def _ask_zygote(self, spec: bytes, fd: int) -> int:
+    @property
+    def network(self) -> Network | None:
+        return self.members.network if self.members is not None else None
+
+    def _ask_zygote(self, spec: NodeSpec, fd: int) -> int:
         if self._zygote is None or self._zygote.poll() is not None:
             raise Unavailable("The zygote ended.", "It is being restarted.")
-        connection = request_fork(str(self._zygote_path), NODE_ENTRY, spec, [fd])
+        fds = [fd] if self.network is None else [fd, self.network.attach(spec.alias)]
+        payload = msgspec.msgpack.encode(spec)
+        connection = request_fork(str(self._zygote_path), NODE_ENTRY, payload, fds)
         connection.settimeout(ZYGOTE_S)
         try:
             return read_forked(connection)
@@ -483,12 +491,14 @@ class Supervisor:
                 self.signal(node, kill=True)
                 late_s += STOP_S
 
-    def dismiss(self, node: Watched) -> None:
+    async def dismiss(self, node: Watched) -> None:
         """Forget a node that has ended, and take away what it had here, but for its state."""
         assert node.pidfd < 0, "its process has ended"
         self.specs.remove(node.spec)
         del self.nodes[node.spec.alias]
         clear(Remains(str(self.runtime_dir), False, (node.spec.alias,), node.spec.cgroups))
+        if self.network is not None:
+            await asyncio.to_thread(self.network.detach, node.spec.alias)
         self.lock.count(len(self.specs))
         self._look_converged()
 

@@ -58,7 +58,9 @@ class TestCluster:
         config: Path | None = None,
         converge: bool = True,
         roots: throttle.Roots = throttle.ROOTS,
+        memory_roots: throttle.Roots = throttle.MEMORY_ROOTS,
         seed: int = 0,
+        netns: bool = False,
     ) -> None:
         self.environ = environ
         self.seed = seed
@@ -81,7 +83,9 @@ class TestCluster:
         self._closed = False
         try:
             self.supervisor: Supervisor = self._call(
-                cluster.up(self.config, nodes, environ, self._said, roots)
+                cluster.up(
+                    self.config, nodes, environ, self._said, roots, memory_roots, netns=netns
+                )
             )
             assert self.supervisor.changes is not None, "a cluster that is up may be changed"
             self._changes: Changes = self.supervisor.changes

@@ -44,6 +44,7 @@ def _config(context: click.Context, file: str, sets: tuple[str, ...]) -> Config:
 @click.option("--nodes", "count", type=click.IntRange(1, 4096), help="Spread over the classes.")
 @click.option("--config", "file", default="", metavar="FILE", help="Instead of ./manifold.yaml.")
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override one key.")
+@click.option("--netns", is_flag=True, help="Nodes in network namespaces, joined by TCP (root).")
 @click.option("--detach", is_flag=True, help="Return once it is up; `manifold down` ends it.")
 @click.option("--report-fd", type=int, default=-1, hidden=True)
 @click.option("--while-fd", type=int, default=-1, hidden=True, help="A pidfd: end when it does.")
@@ -56,6 +57,7 @@ def up(
     count: int | None,
     file: str,
     sets: tuple[str, ...],
+    netns: bool,
     detach: bool,
     report_fd: int,
     while_fd: int,
@@ -80,13 +82,14 @@ def up(
         return 0
     if detach:
         flags = [*(["--config", file] if file else []), *(x for s in sets for x in ("--set", s))]
+        flags += ["--netns"] if netns else []
         event = start_detached(config.cluster, count, flags)
         if as_json:
             print_json(event)
         else:
             click.echo(_converged_line(event))
         return 0
-    status = asyncio.run(_supervise(config, count, report, while_fd))
+    status = asyncio.run(_supervise(config, count, report, while_fd, netns))
     if private:
         shutil.rmtree(folder, ignore_errors=True)  # its last process has ended
     return status
@@ -137,7 +140,9 @@ class _Report:
             self.event(error=told)
 
 
-async def _supervise(config: Config, count: int, report: _Report, while_fd: int = -1) -> int:
+async def _supervise(
+    config: Config, count: int, report: _Report, while_fd: int, netns: bool
+) -> int:
     began_s = time.monotonic()
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
@@ -149,7 +154,7 @@ async def _supervise(config: Config, count: int, report: _Report, while_fd: int 
     classes = ", ".join(f"{n} {name}" for name, n in kinds.items())
     report.line(f"manifold {VERSION}: cluster {config.cluster!r}, {count} nodes ({classes})")
     try:
-        supervisor = await cluster.up(config, count, os.environ, report.line)
+        supervisor = await cluster.up(config, count, os.environ, report.line, netns=netns)
     except ManifoldError as error:
         report.failed(error)
         raise
@@ -163,7 +168,8 @@ async def _supervise(config: Config, count: int, report: _Report, while_fd: int 
                 "cluster": config.cluster, "nodes": count - len(supervisor.failing),
                 "classes": classes,
                 "seconds": round(time.monotonic() - began_s, 3), "pid": os.getpid(),
-                "throttle": throttle_notice(supervisor), "failing": supervisor.failing,
+                "throttle": throttle_notice(supervisor) + network_notice(supervisor),
+                "failing": supervisor.failing,
             }  # fmt: skip
             report.event(**event)
             report.line(_converged_line(event))
@@ -186,11 +192,21 @@ async def _supervise(config: Config, count: int, report: _Report, while_fd: int 
 def throttle_notice(supervisor: Supervisor) -> str:
     """How compute shares are enforced here, for people."""
     shared = [spec for spec in supervisor.specs if spec.compute < 1.0]
+    bounded = all(spec.memory_cgroup for spec in supervisor.specs)
+    books = "" if bounded else "; memory is watched by the nodes"
     if not shared:
-        return "no compute share to enforce"
+        return f"no compute share to enforce{books}"
     if all(spec.cgroup for spec in shared):
-        return "compute shares by cgroup"
-    return "compute shares by slice pacing: this host allows no cgroup"
+        return f"compute shares by cgroup{books}"
+    return f"compute shares by slice pacing: this host allows no cgroup{books}"
+
+
+def network_notice(supervisor: Supervisor) -> str:
+    """What `--netns` does to links here, for people."""
+    if supervisor.network is None:
+        return ""
+    latency = "by the bus" if supervisor.specs[0].config.links.classes == "on" else "none"
+    return f"; in network namespaces: rates of the classes by tbf, latency {latency}"
 
 
 def start_detached(name: str, count: int | None = None, flags: list[str] | None = None) -> Any:
@@ -263,6 +279,13 @@ async def _agent(config: Config, alias: str, kind: Any) -> int:
     if answers(runtime / f"{alias}.d"):
         lock.release()
         raise Refused(f"The cluster has a node {alias!r} already.", "Choose another --alias.")
+    if (runtime / places.NETNS).exists():
+        lock.release()
+        raise Refused(
+            f"The nodes of cluster {config.cluster!r} are in network namespaces: an agent cannot "
+            "reach them.",
+            "Start the cluster without --netns.",
+        )
     seeds = tuple(f"ipc://{str(path)[:-2]}" for path in sorted(runtime.glob("*.d")))
     zygote = str(runtime / f"zygote-{alias}")
     spec = node_spec(config, alias, kind, runtime, seeds, os.environ, zygote)

@@ -66,7 +66,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        f"{MARKER}(nodes=, classes=, links=, seed=, overrides=, config=): "
+        f"{MARKER}(nodes=, classes=, links=, seed=, overrides=, config=, netns=): "
         "the cluster that the fixture manifold_cluster starts for this test.",
     )
 
@@ -162,7 +162,7 @@ def _start(asked: Wish, environ: dict[str, str], folder: Path, **options: Any) -
     try:
         return TestCluster(
             wishes.count(asked), environ, config=wishes.write(asked, folder),
-            overrides=wishes.overrides(asked), seed=asked.seed or 0, **options,
+            overrides=wishes.overrides(asked), seed=asked.seed or 0, netns=asked.netns, **options,
         )  # fmt: skip
     except ConfigError as error:
         pytest.fail(f"The cluster that was asked for is not accepted: {error}", pytrace=False)

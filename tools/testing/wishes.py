@@ -28,7 +28,7 @@ class Wish:
     """`nodes` 0: as many as the classes count. `classes`: the section of that name in a
     configuration, a number in it being a count; `links`: that section, or its rules alone;
     `overrides`: single keys, such as `{"scheduler.grain": "5ms"}`; `config`: a file instead of
-    classes and links."""
+    classes and links; `netns`: nodes in network namespaces."""
 
     nodes: int = 0
     classes: Mapping[str, Any] = field(default_factory=dict)
@@ -36,6 +36,7 @@ class Wish:
     overrides: Mapping[str, str] = field(default_factory=dict)
     config: Path | str | None = None
     seed: int | None = None
+    netns: bool = False
 
 
 def wish(positional: tuple[Any, ...], named: Mapping[str, Any]) -> Wish:
@@ -72,6 +73,8 @@ def _check(found: Wish) -> None:
         raise ConfigError(
             "A file of config= has its own classes and links.", "Leave out one or the other."
         )
+    if not isinstance(found.netns, bool):
+        raise ConfigError(f"netns={found.netns!r} is neither True nor False.", "Write netns=True.")
     if found.seed is not None and (not isinstance(found.seed, int) or found.seed < 0):
         raise ConfigError(f"seed={found.seed!r} is no seed.", "Write a number from 0 on.")
 
