@@ -19,6 +19,7 @@ from typing import Any
 
 from manifold.kernel import config_loader as loader
 from manifold.kernel import config_reader as reader
+from manifold.kernel import labels as labelling
 from manifold.kernel.config_units import show
 from manifold.kernel.errors import ConfigError
 from manifold.kernel.limits import CLASS_NAME_CHARS_MAX, CLUSTER_NAME_CHARS_MAX, NODES_MAX
@@ -71,6 +72,14 @@ class NodeClass:
     bandwidth: float = _key(1e9, "bit/s", 1e3, 1e12, "bandwidth of its network link")
     latency: float = _key(0.2, "ms", 0.0, 10_000.0, "one-way latency of its network link")
     gpu: bool = _key(False, "", None, None, "whether it has a GPU")
+    labels: str = _key(
+        "", "", None, None, "its labels; of several values `[a, b]` its nodes take turns",
+        layout=True, chars_max=labelling.LAYOUT_CHARS_MAX,
+    )  # fmt: skip
+
+    def labels_of(self, number: int) -> tuple[str, ...]:
+        """The labels of its node `number`, from 1 on."""
+        return labelling.of_node(labelling.read_layout(self.labels), number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +304,14 @@ class Config:
             for i, each in enumerate(self.classes)
             for number in range(1, shares[i][0] + (i in extra) + 1)
         ]
+
+    def labels_of(self, alias: str) -> tuple[str, ...]:
+        """The labels that a node of this name is given; none where it is of no class of ours."""
+        name, _, number = alias.rpartition("-")
+        kind = next((each for each in self.classes if each.name == name), None)
+        if kind is None or not number.isdigit():
+            return ()
+        return kind.labels_of(int(number))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts and lists, in base units (ms, bytes, bit/s), for `--json`."""

@@ -364,4 +364,5 @@ def _static(meta: membership_messages.Meta) -> Static:
         latency_ms=meta.latency_ms,
         gpu=meta.gpu,
         arch=meta.arch,
+        labels=meta.labels,
     )

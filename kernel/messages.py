@@ -52,6 +52,7 @@ class NodeInfo(msgspec.Struct, frozen=True, array_like=True, tag="n.info"):
     load: LoadReport | None = None
     bad_messages: int = 0
     metrics: str = ""  # HOST:PORT that serves /metrics, "" where nothing does
+    labels: tuple[str, ...] = ()
 
 
 class AllNodes(msgspec.Struct, frozen=True, array_like=True, tag="n.nodes"):

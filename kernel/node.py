@@ -166,7 +166,7 @@ class Node:
         return Me(
             self.identity.kid, self.boot, spec.alias, spec.node_class, (spec.address,),
             spec.cores, spec.compute, spec.memory_bytes, spec.bandwidth_bps, spec.latency_ms,
-            spec.gpu, os.uname().machine,
+            spec.gpu, os.uname().machine, spec.labels,
         )  # fmt: skip
 
     def _worker_spec(self) -> WorkerSpec:

@@ -28,6 +28,7 @@ class NodeSpec(msgspec.Struct, frozen=True):
     bandwidth_bps: float
     latency_ms: float
     gpu: bool
+    labels: tuple[str, ...] = ()
     orders: LinkOrders = LinkOrders()  # rules of links made since the cluster came up
 
     @property

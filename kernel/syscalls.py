@@ -116,7 +116,7 @@ class SystemCalls:
             sum(member.state in (State.ALIVE, State.SUSPECT) for member in members),
             node.now_ms() - node.started_ms, throttle, workers,
             node.core.scheduler.runner.load(), node.bus.counters["bad"],
-            node.observatory.address,
+            node.observatory.address, spec.labels,
         )  # fmt: skip
 
     def processes(self) -> tuple[m.Process, ...]:
@@ -309,5 +309,5 @@ def _as_seen(member: Member) -> m.NodeInfo:
     return m.NodeInfo(
         Kid(member.kid), meta.alias, meta.node_class, _STATES[member.state], 0, member.boot,
         meta.addresses[0] if meta.addresses else "", meta.cores, meta.compute, meta.memory_bytes,
-        meta.gpu, 0, 0.0, "",
+        meta.gpu, 0, 0.0, "", labels=meta.labels,
     )  # fmt: skip

@@ -68,14 +68,17 @@ def node_ls(context: click.Context, as_json: bool) -> None:
     if as_json:
         print_json([node_dict(each) for each in nodes])
         return
+    labelled = any(each.labels for each in nodes)  # else the column would only be wide
     print_table(
-        ["alias", "id", "class", "state", "pid", "slots", "busy", "core", "memory", "sees", "up"],
+        ["alias", "id", "class", "state", "pid", "slots", "busy", "core", "memory", "sees", "up",
+         *(["labels"] if labelled else [])],
         [
             (
                 n.alias, n.kid[:10], n.node_class, n.state, n.pid or None, n.cores,
                 n.load.slots - n.load.free_slots if n.load else None, n.compute,
                 human_bytes(n.memory_bytes), n.alive or None,
                 human_ms(n.uptime_ms) if n.pid else None,
+                *([",".join(n.labels)] if labelled else []),
             )
             for n in nodes
         ],

@@ -41,6 +41,7 @@ from manifold.kernel.messages import (
     ToSupervisor,
     VotersSettled,
 )
+from manifold.kernel.nexus import seating
 from manifold.kernel.nodespec import NodeSpec
 from manifold.kernel.process.channel import Channel, Closed
 from manifold.kernel.process.remains import Remains, clear
@@ -132,6 +133,7 @@ class Supervisor:
     _changed: asyncio.Event = field(default_factory=asyncio.Event)  # ended, ready, converged
     _converged: asyncio.Event = field(default_factory=asyncio.Event)
     _told_voters: bool = False
+    _first_voters: tuple[Kid, ...] = ()
     _agreed: bool = True  # once they were told: whether somebody has answered
     _settling: dict[int, asyncio.Future[VotersSettled]] = field(default_factory=dict)
     _liveness_write: int = -1
@@ -284,9 +286,9 @@ class Supervisor:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         orders = read_orders(self.runtime_dir)
-        spec = msgspec.msgpack.encode(msgspec.structs.replace(node.spec, orders=orders))
-        # Those that it was told of at first may have left since.
-        spec = msgspec.msgpack.encode(msgspec.structs.replace(node.spec, seeds=self.seeds))
+        # The seeds that it was told of at first may have left since.
+        told = msgspec.structs.replace(node.spec, orders=orders, seeds=self.seeds)
+        spec = msgspec.msgpack.encode(told)
         try:
             with theirs:
                 pid = await asyncio.to_thread(self._ask_zygote, spec, theirs.fileno())
@@ -362,14 +364,17 @@ class Supervisor:
     def _tell_voters(self) -> None:
         """Once all are there: who votes, unless they know better from an earlier time."""
         count = voters_of(self.specs[0].config.nexus.voters, len(self.specs))
-        ready = [node.ready for node in self.nodes.values() if node.ready is not None]
+        ready = [(n.ready.kid, n.spec.labels) for n in self.nodes.values() if n.ready is not None]
         channel = next((n.channel for n in self.nodes.values() if n.channel is not None), None)
         if self._told_voters or len(ready) < len(self.specs) or channel is None:
             return
         self._told_voters = True
         self._agreed = not count
-        if count:
-            channel.post(FirstVoters(tuple(each.kid for each in ready[:count])))
+        there = [kid for kid, _ in ready]
+        if any(kid not in there for kid in self._first_voters) or not self._first_voters:
+            self._first_voters = tuple(seating.choose(count, ready))
+        if count:  # the same ones again, whoever came since: two sets might become two clusters
+            channel.post(FirstVoters(self._first_voters))
 
     def _hang_up(self, node: Watched, channel: Channel[ToSupervisor]) -> None:
         asyncio.get_running_loop().remove_reader(channel.socket)

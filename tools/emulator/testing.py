@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
@@ -173,11 +173,12 @@ class TestCluster:
 
     # -- growing and shrinking ------------------------------------------------------------------
 
-    def add(self, kind: str = "", count: int = 1) -> list[str]:
-        """`count` more nodes of a class; their aliases, once everybody sees everybody."""
+    def add(self, kind: str = "", count: int = 1, labels: Sequence[str] = ()) -> list[str]:
+        """`count` more nodes of a class, with these labels beside those of the class; their
+        aliases, once everybody sees everybody."""
         self._refuse_shared()
-        self.note(f"add {count} {kind}".rstrip())
-        return self._call(self._changes.add(kind, count))
+        self.note(" ".join(filter(None, (f"add {count}", kind, *labels))))
+        return self._call(self._changes.add(kind, count, labels))
 
     def remove(self, *nodes: Node, force: bool = False) -> None:
         """Let nodes leave well; returns once their processes have ended."""

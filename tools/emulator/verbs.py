@@ -19,7 +19,13 @@ from manifold.kernel import places
 from manifold.kernel.config import Config, load
 from manifold.kernel.errors import ManifoldError, NoCluster, Refused, Unavailable
 from manifold.kernel.process.remains import answers
-from manifold.shells.verbs.common import cluster_name, config_path, json_option, print_json
+from manifold.shells.verbs.common import (
+    cluster_name,
+    config_path,
+    json_option,
+    label_option,
+    print_json,
+)
 from manifold.tools.emulator import cluster, owned, record
 from manifold.tools.emulator.members import node_spec
 from manifold.tools.emulator.supervisor import Supervisor
@@ -242,9 +248,15 @@ def _running_jobs(name: str) -> int:
 @click.option("--class", "kind_name", default="", help="Its class; the first of the file if none.")
 @click.option("--config", "file", default="", metavar="FILE")
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE")
+@label_option
 @click.pass_context
 def agent(
-    context: click.Context, alias: str, kind_name: str, file: str, sets: tuple[str, ...]
+    context: click.Context,
+    alias: str,
+    kind_name: str,
+    file: str,
+    sets: tuple[str, ...],
+    labels: tuple[str, ...],
 ) -> int:
     """Run one node in the foreground, joining whatever nodes of the cluster are here."""
     config = _config(context, file, sets)
@@ -252,10 +264,10 @@ def agent(
     kind = kinds.get(kind_name) if kind_name else config.classes[0]
     if kind is None:
         raise click.BadParameter(f"there is no class {kind_name!r}; there are {', '.join(kinds)}.")
-    return asyncio.run(_agent(config, alias, kind))
+    return asyncio.run(_agent(config, alias, kind, labels))
 
 
-async def _agent(config: Config, alias: str, kind: Any) -> int:
+async def _agent(config: Config, alias: str, kind: Any, labels: tuple[str, ...]) -> int:
     runtime = places.runtime_dir(config.cluster, os.environ)
     lock = record.Lock(places.state_dir(config.cluster, alias, os.environ))
     if not lock.acquire(1, str(runtime)):
@@ -265,7 +277,7 @@ async def _agent(config: Config, alias: str, kind: Any) -> int:
         raise Refused(f"The cluster has a node {alias!r} already.", "Choose another --alias.")
     seeds = tuple(f"ipc://{str(path)[:-2]}" for path in sorted(runtime.glob("*.d")))
     zygote = str(runtime / f"zygote-{alias}")
-    spec = node_spec(config, alias, kind, runtime, seeds, os.environ, zygote)
+    spec = node_spec(config, alias, kind, runtime, seeds, os.environ, zygote, more_labels=labels)
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
