@@ -26,7 +26,7 @@ from manifold.kernel import places
 from manifold.kernel.clock import JUMP_MS_MAX, RATE_MAX, RATE_MIN
 from manifold.kernel.config import Config, load
 from manifold.kernel.errors import ManifoldError, NotFound, Refused, Unavailable
-from manifold.kernel.hyperbus.rules import LinkRule
+from manifold.kernel.hyperbus.rules import LinkRule, has
 from manifold.kernel.process import throttle
 from manifold.shells.sdk.client import Client
 from manifold.tools.emulator import cluster, orders
@@ -126,6 +126,10 @@ class TestCluster:
 
     def _node(self, node: Node) -> Watched:
         return self.supervisor.nodes[self.alias(node)]
+
+    def labels_of(self, node: Node) -> tuple[str, ...]:
+        """The labels that the node was started with."""
+        return self._node(node).spec.labels
 
     def pid(self, node: Node) -> int:
         """The node's present process."""
@@ -292,8 +296,8 @@ class TestCluster:
         reorder: float = 0.0,
         one_way: bool = False,
     ) -> None:
-        """Make links slow, narrow or lossy. A side is a node, a class, `*`, or several with commas
-        between; of several rules that fit, the last one holds."""
+        """Make links slow, narrow or lossy. A side is a node, a class, a label such as `site=a`,
+        `*`, or several with commas between; of several rules that fit, the last one holds."""
         figures = (latency_ms, jitter_ms, rate_bps, loss, reorder)
         self._order("slow", LinkRule(self._side(one), self._side(other), one_way, *figures))
 
@@ -301,8 +305,8 @@ class TestCluster:
         """Cut the nodes of each group off those of the others; a single group off all the rest."""
         sides = [self._side(*group) for group in groups]
         if len(sides) == 1:
-            inside = sides[0].split(",")
-            sides.append(self._side(*(alias for alias in self.aliases if alias not in inside)))
+            rest = [each for each in self.aliases if not has(sides[0], each, self.labels_of)]
+            sides.append(self._side(*rest))
         self._order("partition", *orders.partition(sides))
 
     def _side(self, *nodes: Node) -> str:
@@ -313,8 +317,9 @@ class TestCluster:
             for part in (each.split(",") if isinstance(each, str) else [each])
         ]
         aliases = self.aliases
-        classes = {alias.rpartition("-")[0] for alias in aliases} | {"*"}
-        return ",".join(sorted(str(n) if n in classes else self.alias(n) for n in names))
+        known = {alias.rpartition("-")[0] for alias in aliases} | {"*"}
+        known |= {label for alias in aliases for label in self.labels_of(alias) if "=" in label}
+        return ",".join(sorted(str(n) if n in known else self.alias(n) for n in names))
 
     def _order(self, what: str, *rules: LinkRule) -> None:
         """Rules of links that hold until `heal`, also for nodes that start again."""

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from manifold.kernel import places
-from manifold.kernel.config import Config, load
+from manifold.kernel.config import PROFILES, Config, load
 from manifold.kernel.errors import ManifoldError, NoCluster, Refused, Unavailable
 from manifold.kernel.process.remains import answers
 from manifold.shells.verbs.common import (
@@ -32,8 +32,8 @@ from manifold.tools.emulator.supervisor import Supervisor
 from manifold.vm.version import VERSION
 
 
-def _config(context: click.Context, file: str, sets: tuple[str, ...]) -> Config:
-    overrides = {}
+def _config(context: click.Context, file: str, sets: tuple[str, ...], profile: str = "") -> Config:
+    overrides = {"profile": profile} if profile else {}
     for each in sets:
         key, equals, value = each.partition("=")
         if not equals:
@@ -49,6 +49,12 @@ def _config(context: click.Context, file: str, sets: tuple[str, ...]) -> Config:
 @click.command()
 @click.option("--nodes", "count", type=click.IntRange(1, 4096), help="Spread over the classes.")
 @click.option("--config", "file", default="", metavar="FILE", help="Instead of ./manifold.yaml.")
+@click.option(
+    "--profile",
+    type=click.Choice(PROFILES),
+    default=None,
+    help="Classes and links of that kind, instead of the file's.",
+)
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override one key.")
 @click.option("--detach", is_flag=True, help="Return once it is up; `manifold down` ends it.")
 @click.option("--report-fd", type=int, default=-1, hidden=True)
@@ -61,6 +67,7 @@ def up(
     context: click.Context,
     count: int | None,
     file: str,
+    profile: str | None,
     sets: tuple[str, ...],
     detach: bool,
     report_fd: int,
@@ -72,8 +79,8 @@ def up(
     """Start a cluster on this machine, one process per node, and stay until Ctrl-C."""
     report = _Report(report_fd, as_json)
     try:
-        config = _config(context, file, sets)
-        if whole and count and config_path(file) is None:
+        config = _config(context, file, sets, profile or "")
+        if whole and count and config_path(file) is None and config.profile == "none":
             config = cluster.sharing_this_machine(config, count)
     except ManifoldError as error:
         report.failed(error)
@@ -86,6 +93,7 @@ def up(
         return 0
     if detach:
         flags = [*(["--config", file] if file else []), *(x for s in sets for x in ("--set", s))]
+        flags += ["--profile", profile] if profile else []
         event = start_detached(config.cluster, count, flags)
         if as_json:
             print_json(event)
