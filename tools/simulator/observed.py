@@ -45,7 +45,7 @@ class Audit:
     failures: list[str] = field(default_factory=list)
     counted: int = 0
     fenced: int = 0  # reports with results that came too late to count
-    _blocks: dict[tuple[Kid, int, str], set[int]] = field(default_factory=dict)
+    _blocks: dict[tuple[Kid, int, str], tuple[Job, set[int]]] = field(default_factory=dict)
     _attempts: dict[Key, tuple[Kid, int]] = field(default_factory=dict)
     _given_up: dict[Key, int] = field(default_factory=dict)  # from this block on
     _acknowledged: dict[tuple[Key, int], int] = field(default_factory=dict)  # heard by process
@@ -102,11 +102,13 @@ class Audit:
             if fresh:
                 self.fail(f"J2 {name}: counted {len(fresh)} blocks of a fenced attempt")
             return
-        known = self._blocks.get((*process, report.job))
-        if known is None:  # a job that was taken over begins with what was kept of it
+        then, known = self._blocks.get((*process, report.job)) or (None, set[int]())
+        # A job that was taken over begins with what was kept of it; so it may come back to a
+        # process that had lost it to another owner.
+        if then is not job:
             every = {at for at, result in enumerate(job.results) if result is not None}
             known = every.difference(fresh)
-            self._blocks[(*process, report.job)] = known
+            self._blocks[(*process, report.job)] = (job, known)
         if known.intersection(fresh):
             self.fail(f"J2 {name}: blocks {fresh} are counted already")
         said = range(report.first, report.first + len(report.results))
