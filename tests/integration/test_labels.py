@@ -5,18 +5,48 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from manifold.kernel import messages as m
-from manifold.kernel.errors import ConfigError, ManifoldError
+from manifold.kernel.errors import ConfigError, ManifoldError, Refused, Unavailable
+from manifold.kernel.geode.messages import Decision
+from manifold.shells.sdk.executor import Executor
 from manifold.shells.sdk.voters import look
 from manifold.tools.emulator.testing import TestCluster
 
 Start = Callable[..., TestCluster]
+WAIT_S = 30.0
+
+
+def steps(n: int) -> int:
+    count = 0
+    while n != 1:
+        n, count = n // 2 if n % 2 == 0 else 3 * n + 1, count + 1
+    return count
+
+
+COLLATZ = Path(__file__).parents[2] / "examples" / "collatz.ent"
+COLLATZ_SUM = sum(map(steps, range(1, 60_000)))
+# Emits its index after a pause: a job of it takes a known time without taking the processor.
+SLOW = """
+.cells 1
+    SLEEP 0.01
+    LOAD 0
+    EMIT
+    HALT
+"""
 SITES = {"pi": {"count": 9, "labels": {"site": ["a", "b", "c"], "rack": ["r1", "r1", "r1", "r2"]}}}
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not within {WAIT_S} s: {what}"
+        time.sleep(0.05)
 
 
 def ok(cluster: TestCluster, *arguments: str) -> str:
@@ -153,3 +183,115 @@ def test_an_order_cuts_a_site_off_and_lifts_that_again(manifold_clusters: Start)
     cluster.heal()
     cluster.partition(["site=b"])
     assert not reaches("pi-03", "pi-02")
+
+
+# -- where work runs ------------------------------------------------------------------------------
+
+CLASSES = {
+    "pi": {"count": 4, "labels": {"site": ["a", "b"]}},
+    "hub": {"count": 1, "labels": {"site": "a", "ssd": None}},
+}
+
+
+def placed(decisions: Sequence[Decision]) -> set[str]:
+    """Every node that a job was given to."""
+    found = {decision.candidate(decision.winner) for decision in decisions if decision.winner}
+    return {each.alias for each in found if each is not None}
+
+
+def decided(cluster: TestCluster, *arguments: str) -> set[str]:
+    said = ok(cluster, "run", str(COLLATZ), "--range", "1:60000", "--reduce", "sum", "--why",
+              "--json", *arguments)  # fmt: skip
+    found = json.loads(said)
+    assert found["result"] == COLLATZ_SUM
+    aliases = {each["kid"]: each["alias"] for d in found["why"] for each in d["candidates"]}
+    return {aliases[decision["winner"]] for decision in found["why"]}
+
+
+def test_run_goes_where_it_is_told_to(manifold_clusters: Start) -> None:
+    cluster = manifold_clusters(classes=CLASSES)
+    assert decided(cluster, "--where", "site=b") <= {"pi-02", "pi-04"}
+    assert decided(cluster, "--where", "ssd") == {"hub-01"}
+    assert decided(cluster, "--where", "site=a", "--where", "!ssd") <= {"pi-01", "pi-03"}
+    assert decided(cluster, "--where", "site!=b", "--where", "class=pi") <= {"pi-01", "pi-03"}
+    refused = cluster.command("run", str(COLLATZ), "--where", "site=c")
+    assert refused.returncode == 1
+    assert "No node may run this job: none has site=c; there is site=a, site=b." in refused.stderr
+    refused = cluster.command("run", str(COLLATZ), "--where", "camera")
+    assert "none has camera; no node has a label camera." in refused.stderr
+    refused = cluster.command("run", str(COLLATZ), "--where", "site=b", "--where", "ssd")
+    assert "hub-01: has site=a, not site=b" in refused.stderr
+    assert "pi-02: lacks the label ssd" in refused.stderr
+    refused = cluster.command("run", str(COLLATZ), "--where", "site=")
+    assert refused.returncode == 4
+    assert "'site=' is no wish" in refused.stderr
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def test_the_sdk_says_where(manifold_clusters: Start) -> None:
+    cluster = manifold_clusters(classes=CLASSES)
+    client = cluster.client()
+
+    def jobs() -> set[str]:
+        return {each.job for each in client.jobs().jobs}
+
+    assert client.parallel_for(COLLATZ, 1, 60_000, reduce="sum", where="site=b") == COLLATZ_SUM
+    (first,) = jobs()
+    assert placed(client.why(first)) <= {"pi-02", "pi-04"}
+    before = jobs()
+    assert client.map(square, range(40), where="site=b") == [square(n) for n in range(40)]
+    more = jobs() - before
+    assert more
+    assert set().union(*(placed(client.why(job)) for job in more)) <= {"pi-02", "pi-04"}
+    for where, function, found, allowed in (
+        ("ssd", square, 729, {"hub-01"}),
+        (["site=a", "!ssd"], square, 729, {"pi-01", "pi-03"}),
+        ("ssd", COLLATZ, 111, {"hub-01"}),
+    ):
+        future = client.submit_where(where, function, 27)
+        assert future.result() == found
+        assert placed(future.why()) <= allowed
+    with Executor(client=client, where="ssd") as executor:
+        futures = [executor.submit(square, number) for number in range(4)]
+        assert [each.result() for each in futures] == [0, 1, 4, 9]
+        assert set().union(*(placed(each.why()) for each in futures)) == {"hub-01"}
+    with pytest.raises(Unavailable, match="none has site=c; there is site=a, site=b"):
+        client.submit_where("site=c", square, 1).result()
+    with pytest.raises(Refused, match="is no wish"):
+        client.submit_where("site=", square, 1)
+
+
+def test_shards_stay_where_they_may_be_while_nodes_die_and_come(manifold_clusters: Start) -> None:
+    cluster = manifold_clusters(classes=CLASSES, seed=5)
+    client = cluster.client("hub-01")
+    future = client.job(SLOW, 0, 1200, reduce="sum", where=["site=b"])
+    allowed = {"pi-02", "pi-04"}
+    cluster.restart("pi-02")
+    allowed |= set(cluster.add("pi", labels=["site=b"]))
+    cluster.add("pi", labels=["site=z"])
+    cluster.kill("pi-04")
+    cluster.add("hub", 2)
+    assert client.wait(future) == sum(range(1200))
+    decisions = client.why(future.job)
+    assert placed(decisions) <= allowed
+    assert len(decisions) > 2, "what was lost was placed again"
+
+
+def test_a_job_waits_for_a_node_with_its_label_and_says_so(manifold_clusters: Start) -> None:
+    cluster = manifold_clusters(
+        classes={"pi": {"count": 3}, "hub": {"count": 1, "labels": {"ssd": None}}}
+    )
+    client = cluster.client("pi-01")
+    future = client.job(SLOW, 0, 600, reduce="sum", where="ssd")
+    until(lambda: client.status(future.job).done > 20, "it runs")
+    cluster.kill("hub-01", stay_down=True)
+    until(lambda: "waits for a node" in ok(cluster, "why", future.job), "it waits, and says why")
+    said = ok(cluster, "why", future.job)
+    assert "no node may take it" in said
+    assert "refused pi-02: lacks the label ssd" in said
+    assert cluster.add("pi", labels=["ssd"]) == ["pi-04"]
+    assert client.wait(future) == sum(range(600))
+    assert placed(client.why(future.job)) == {"hub-01", "pi-04"}
