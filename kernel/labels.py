@@ -147,6 +147,17 @@ def merged(labels: Iterable[str], more: Iterable[str]) -> tuple[str, ...]:
     return tuple(found[key] for key in sorted(found))
 
 
+def without(labels: Iterable[str], keys: Iterable[str]) -> tuple[str, ...]:
+    """`labels` but for those with one of `keys`."""
+    gone = list(keys)
+    return tuple(each for each in labels if _key_of(each) not in gone)
+
+
+def has_key(labels: Iterable[str], key: str) -> bool:
+    """Whether one of them is of `key`, with a value or bare."""
+    return any(_key_of(each) == key for each in labels)
+
+
 def value(labels: Iterable[str], key: str) -> str:
     """What a node says of `key`; "" where it says nothing."""
     for each in labels:

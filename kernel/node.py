@@ -39,6 +39,7 @@ from manifold.kernel.errors import ManifoldError, Refused, Unavailable
 from manifold.kernel.hyperbus.driver import Bus, Incoming
 from manifold.kernel.hyperbus.faults import to_failure
 from manifold.kernel.hyperbus.messages import CLIENT_PREFIX
+from manifold.kernel.labelling import Labelling
 from manifold.kernel.leaving import Leaving
 from manifold.kernel.logbook import Logbook
 from manifold.kernel.membership.messages import (
@@ -140,6 +141,7 @@ class Node:
             self._voter_stopped, lambda: self.bus.flush(),
             lambda: self.core.nexus.operations,
         )  # fmt: skip
+        self.labelling = Labelling(self, folder, spec.labels)
         self.core = Core(
             self._me(), spec.config, Random(SystemRandom().getrandbits(64)),
             incarnation=incarnation, seeds=spec.seeds, durable=dict(records),
@@ -166,7 +168,7 @@ class Node:
         return Me(
             self.identity.kid, self.boot, spec.alias, spec.node_class, (spec.address,),
             spec.cores, spec.compute, spec.memory_bytes, spec.bandwidth_bps, spec.latency_ms,
-            spec.gpu, os.uname().machine, spec.labels,
+            spec.gpu, os.uname().machine, self.labelling.own,
         )  # fmt: skip
 
     def _worker_spec(self) -> WorkerSpec:
@@ -196,7 +198,8 @@ class Node:
         self.loop.add_reader(liveness_fd, self._orphaned)
         self.loop.add_reader(self._control.socket, self._commanded)
         log.info("boot %d of %s (%s)", self.boot, self.spec.alias, self.identity.kid)
-        self._control.post(Ready(self.identity.kid, self.boot, self.spec.alias))
+        ready = Ready(self.identity.kid, self.boot, self.spec.alias, self.labelling.own)
+        self._control.post(ready)
         self.perform(self.core.start(self.now_ms()))
         self._tell_alive()
 

@@ -47,6 +47,7 @@ _ASKED = frozenset(
         m.SetLink,
         m.ClearLinks,
         m.SkewClock,
+        m.SetLabels,
         m.LinkOrders,
         m.GetLinks,
         m.Bye,
@@ -99,10 +100,21 @@ class SystemCalls:
                 node.bus.reply(incoming, m.Done(f"orders {self.orders.number} hold"))
             case m.GetLinks():
                 node.bus.reply(incoming, self.links())
+            case m.SetLabels() as wish:
+                node.run(self._relabel(incoming, wish))
             case GetMetrics() | ProfileNode():
                 node.observatory.serve(incoming)
             case m.Bye():
                 node.client_gone(incoming.source)
+
+    async def _relabel(self, incoming: Incoming, wish: m.SetLabels) -> None:
+        try:
+            await self._node.labelling.change(wish.given, wish.taken)
+        except ManifoldError as error:
+            self._node.bus.reply(incoming, to_failure(error))
+            return
+        self._plan_links()  # rules may name one of them
+        self._node.bus.reply(incoming, self.info())
 
     def info(self) -> m.NodeInfo:
         """This node, as it sees itself."""
@@ -117,7 +129,7 @@ class SystemCalls:
             sum(member.state in (State.ALIVE, State.SUSPECT) for member in members),
             node.now_ms() - node.started_ms, throttle, workers,
             node.core.scheduler.runner.load(), node.bus.counters["bad"],
-            node.observatory.address, spec.labels,
+            node.observatory.address, node.labelling.own,
         )  # fmt: skip
 
     def processes(self) -> tuple[m.Process, ...]:
@@ -157,7 +169,7 @@ class SystemCalls:
         """As it says itself, and as its class says as long as it was not heard of."""
         spec = self._node.spec
         if alias == spec.alias:
-            return spec.labels
+            return self._node.labelling.own
         told = self._labels.get(alias)
         return spec.config.labels_of(alias) if told is None else told
 

@@ -49,7 +49,7 @@ _Label = Annotated[str, msgspec.Meta(min_length=1, max_length=LABEL_CHARACTERS_M
 
 
 class Meta(msgspec.Struct, frozen=True, array_like=True):
-    """What a node says of itself; it does not change during a boot."""
+    """What a node says of itself. During a boot only its labels change, and `version` grows."""
 
     alias: _Name
     node_class: _Name
@@ -62,6 +62,7 @@ class Meta(msgspec.Struct, frozen=True, array_like=True):
     gpu: bool = False
     arch: Annotated[str, msgspec.Meta(max_length=32)] = ""
     labels: Annotated[tuple[_Label, ...], msgspec.Meta(max_length=labelling.LABELS_MAX)] = ()
+    version: _Counter = 0
 
 
 class Update(msgspec.Struct, frozen=True, array_like=True):
@@ -202,7 +203,8 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class MemberChanged:
-    """A node appeared, changed state, restarted (another boot) or became describable.
+    """A node appeared, changed state, restarted (another boot), became describable or told other
+    labels of itself.
 
     `previous_state` is None when it was not known before.
     """

@@ -14,6 +14,7 @@ import pytest
 from manifold.kernel import messages as m
 from manifold.kernel.errors import ConfigError, ManifoldError, Refused, Unavailable
 from manifold.kernel.geode.messages import Decision
+from manifold.shells.sdk.client import Client
 from manifold.shells.sdk.executor import Executor
 from manifold.shells.sdk.voters import look
 from manifold.tools.emulator.testing import TestCluster
@@ -162,7 +163,11 @@ def test_rules_of_the_file_are_about_links_between_sites(manifold_clusters: Star
 def test_an_order_cuts_a_site_off_and_lifts_that_again(manifold_clusters: Start) -> None:
     cluster = manifold_clusters(
         classes={"pi": {"count": 3, "labels": {"site": ["a", "b"]}}},
-        overrides={"nexus.voters": "off"},
+        overrides={  # nobody is held for dead meanwhile
+            "nexus.voters": "off",
+            "membership.probe": "30s",
+            "membership.ack": "10s",
+        },
     )
 
     def reaches(one: str, other: str) -> bool:
@@ -295,3 +300,57 @@ def test_a_job_waits_for_a_node_with_its_label_and_says_so(manifold_clusters: St
     assert cluster.add("pi", labels=["ssd"]) == ["pi-04"]
     assert client.wait(future) == sum(range(600))
     assert placed(client.why(future.job)) == {"hub-01", "pi-04"}
+
+
+# -- labels of running nodes ----------------------------------------------------------------------
+
+
+def test_a_running_node_is_labelled_and_remembers_it(manifold_clusters: Start) -> None:
+    cluster = manifold_clusters(classes=CLASSES)
+    assert ok(cluster, "node", "label", "pi-01") == "pi-01: site=a\n"
+    assert ok(cluster, "node", "label", "pi-01", "site=z", "cam") == "pi-01: cam, site=z\n"
+
+    def heard(labels: tuple[str, ...]) -> Callable[[], bool]:
+        return lambda: told(cluster, "hub-01")["pi-01"] == labels
+
+    until(heard(("cam", "site=z")), "the others hear of it")
+    client = cluster.client("pi-02")
+    until(lambda: _runs(client, "site=z"), "work that wants it goes there")
+    assert placed(client.why(_last(client))) == {"pi-01"}
+    cluster.restart("pi-01")
+    assert told(cluster, "hub-01")["pi-01"] == ("cam", "site=z")
+    assert json.loads(ok(cluster, "node", "label", "pi-01", "cam-", "site-", "--json")) == {
+        "alias": "pi-01", "labels": [],
+    }  # fmt: skip
+    until(heard(()), "they hear of that, too")
+    cluster.restart("pi-01")
+    assert told(cluster, "hub-01")["pi-01"] == ()
+
+
+def _runs(client: Client, where: str) -> bool:
+    try:
+        return client.parallel_for(COLLATZ, 1, 60_000, reduce="sum", where=where) == COLLATZ_SUM
+    except Unavailable:  # the news of the label is on its way
+        return False
+
+
+def _last(client: Client) -> str:
+    return client.jobs().jobs[-1].job
+
+
+def test_what_cannot_be_labelled_is_refused_in_a_sentence(manifold_clusters: Start) -> None:
+    cluster = manifold_clusters(classes=CLASSES)
+    for arguments, status, reason in (
+        (("rack-",), 4, "It has no label rack."),
+        (("gpu",), 2, "gpu is no label to give"),
+        (("Site=a",), 2, "has a wrong key"),
+        (tuple(f"k{n:02}={'v' * 30}" for n in range(9)), 2, "take 315 bytes, of at most 256"),
+    ):
+        done = cluster.command("node", "label", "pi-01", *arguments)
+        assert done.returncode == status, done.stderr
+        assert reason in done.stderr
+    ok(cluster, "node", "label", "pi-01", *(f"{name}={'v' * 32}" for name in "abcdefg"))
+    done = cluster.command("node", "label", "pi-01", f"h={'v' * 32}")
+    assert done.returncode == 4
+    assert "The labels of one node take 287 bytes, of at most 256" in done.stderr
+    assert told(cluster, "pi-01")["pi-01"][0] == f"a={'v' * 32}"

@@ -11,7 +11,7 @@ import sys
 import click
 
 from manifold.shells.verbs import completing
-from manifold.shells.verbs.cluster import node_inspect, node_ls
+from manifold.shells.verbs.cluster import node_inspect, node_label, node_ls
 from manifold.shells.verbs.common import (
     Finite,
     cluster_name,
@@ -31,6 +31,7 @@ def node() -> None:
 
 node.add_command(node_ls)
 node.add_command(node_inspect)
+node.add_command(node_label)
 
 force_option = click.option(
     "--force", is_flag=True, help="Also where then nothing can be agreed any more."

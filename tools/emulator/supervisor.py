@@ -364,7 +364,7 @@ class Supervisor:
     def _tell_voters(self) -> None:
         """Once all are there: who votes, unless they know better from an earlier time."""
         count = voters_of(self.specs[0].config.nexus.voters, len(self.specs))
-        ready = [(n.ready.kid, n.spec.labels) for n in self.nodes.values() if n.ready is not None]
+        ready = [(r.kid, r.labels) for n in self.nodes.values() if (r := n.ready) is not None]
         channel = next((n.channel for n in self.nodes.values() if n.channel is not None), None)
         if self._told_voters or len(ready) < len(self.specs) or channel is None:
             return

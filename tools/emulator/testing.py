@@ -128,8 +128,9 @@ class TestCluster:
         return self.supervisor.nodes[self.alias(node)]
 
     def labels_of(self, node: Node) -> tuple[str, ...]:
-        """The labels that the node was started with."""
-        return self._node(node).spec.labels
+        """The labels that the node had when it started."""
+        found = self._node(node)
+        return found.ready.labels if found.ready is not None else found.spec.labels
 
     def pid(self, node: Node) -> int:
         """The node's present process."""
