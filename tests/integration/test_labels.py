@@ -226,7 +226,7 @@ def test_run_goes_where_it_is_told_to(manifold_clusters: Start) -> None:
     assert "none has camera; no node has a label camera." in refused.stderr
     refused = cluster.command("run", str(COLLATZ), "--where", "site=b", "--where", "ssd")
     assert "hub-01: has site=a, not site=b" in refused.stderr
-    assert "pi-02: lacks the label ssd" in refused.stderr
+    assert ": lacks the label ssd" in refused.stderr
     refused = cluster.command("run", str(COLLATZ), "--where", "site=")
     assert refused.returncode == 4
     assert "'site=' is no wish" in refused.stderr
