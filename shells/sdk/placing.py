@@ -29,4 +29,4 @@ def demand_of(demand: Demand | None, where: Where) -> Demand:
     wishes = wishes_of(where)
     if not wishes:
         return found
-    return msgspec.structs.replace(found, labels=tuple(dict.fromkeys((*found.labels, *wishes))))
+    return msgspec.structs.replace(found, labels=labels.read_wishes((*found.labels, *wishes)))

@@ -116,7 +116,7 @@ def node_inspect(context: click.Context, alias: str, as_json: bool) -> None:
 def node_label(context: click.Context, alias: str, changes: tuple[str, ...], as_json: bool) -> None:
     """Give a running node labels, or take them away (KEY-); without any, print what it has.
 
-    It keeps them when it starts again. What runs there already goes on.
+    It keeps them when it starts again. What runs or waits there goes on.
     """
     taken = [each for each in changes if each.endswith("-") and "=" not in each]
     given = [each for each in changes if each not in taken]

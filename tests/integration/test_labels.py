@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from manifold.kernel import messages as m
+from manifold.kernel import places
 from manifold.kernel.errors import ConfigError, ManifoldError, Refused, Unavailable
 from manifold.kernel.geode.messages import Decision
 from manifold.shells.sdk.client import Client
@@ -325,6 +326,21 @@ def test_a_running_node_is_labelled_and_remembers_it(manifold_clusters: Start) -
     until(heard(()), "they hear of that, too")
     cluster.restart("pi-01")
     assert told(cluster, "hub-01")["pi-01"] == ()
+
+
+def test_labels_whose_record_is_damaged_do_not_count_and_the_node_says_so(
+    manifold_clusters: Start,
+) -> None:
+    cluster = manifold_clusters(classes=CLASSES)
+    ok(cluster, "node", "label", "pi-01", "cam")
+    cluster.kill("pi-01", stay_down=True)
+    record = places.state_dir(cluster.name, "pi-01", cluster.environ) / "labels"
+    record.write_bytes(record.read_bytes()[:-1])
+    cluster.start("pi-01")
+    cluster.wait_converged()
+    assert told(cluster, "hub-01")["pi-01"] == ("site=a",)
+    assert "labels that were given to this node do not count" in cluster.logs("pi-01")
+    assert ok(cluster, "node", "label", "pi-01", "cam") == "pi-01: cam, site=a\n"
 
 
 def _runs(client: Client, where: str) -> bool:
