@@ -89,5 +89,6 @@ class Labelling:
             )
         before = labels.without(self._kept.given, gone)
         still = [key for key in self._kept.taken if not labels.has_key(given, key)]
-        fresh = [key for key in gone if labels.has_key(self._started, key)]
-        return Kept(labels.merged(before, given), tuple(dict.fromkeys((*still, *fresh))))
+        # As many as it was started with: of what it never had, nothing needs to be remembered.
+        keys = [key for key in (*still, *gone) if labels.has_key(self._started, key)]
+        return Kept(labels.merged(before, given), tuple(dict.fromkeys(keys)))
