@@ -11,7 +11,7 @@ Invariants: C1 a `Config` that exists has passed every range check and every rel
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +19,7 @@ from typing import Any
 
 from manifold.kernel import config_loader as loader
 from manifold.kernel import config_reader as reader
+from manifold.kernel import labels as labelling
 from manifold.kernel.config_units import show
 from manifold.kernel.errors import ConfigError
 from manifold.kernel.limits import CLASS_NAME_CHARS_MAX, CLUSTER_NAME_CHARS_MAX, NODES_MAX
@@ -31,6 +32,7 @@ from manifold.kernel.places import state_dir as state_dir
 SIDES_CHARS_MAX = 8192  # 256 aliases of 29 characters with their commas
 DEFAULT_FILE = "manifold.yaml"
 PACKAGED = Path(__file__).parents[1] / DEFAULT_FILE  # importlib.resources would cost 12 ms
+PROFILES = ("edge", "lab", "datacenter")  # packaged files with classes and links of a kind
 VARIABLE_PREFIX = "MANIFOLD_"
 NO_OVERRIDES: Mapping[str, str] = MappingProxyType({})
 
@@ -77,6 +79,14 @@ class NodeClass:
     bandwidth: float = _key(1e9, "bit/s", 1e3, 1e12, "bandwidth of its network link")
     latency: float = _key(0.2, "ms", 0.0, 10_000.0, "one-way latency of its network link")
     gpu: bool = _key(False, "", None, None, "whether it has a GPU")
+    labels: str = _key(
+        "", "", None, None, "its labels; of several values `[a, b]` its nodes take turns",
+        layout=True, chars_max=labelling.LAYOUT_CHARS_MAX,
+    )  # fmt: skip
+
+    def labels_of(self, number: int) -> tuple[str, ...]:
+        """The labels of its node `number`, from 1 on."""
+        return labelling.of_node(labelling.read_layout(self.labels), number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +199,7 @@ class MetricsConfig:
 class LinkRow:
     """A link between nodes, slower or worse than the host's own (docs/links.md).
 
-    A side is an alias, a class or `*`, or several with commas between.
+    A side is an alias, a class, a label such as `site=a`, or `*`; or several with commas between.
     """
 
     between: str = _key(
@@ -261,6 +271,10 @@ class Config:
     cluster: str = _key(
         "default", "", None, None, "name of the cluster", name_chars_max=CLUSTER_NAME_CHARS_MAX
     )
+    profile: str = _key(
+        "none", "", None, None, "classes and links of a kind, instead of those here",
+        choices=("none", *PROFILES),
+    )  # fmt: skip
     classes: tuple[NodeClass, ...] = DEFAULT_CLASSES
     membership: MembershipConfig = MembershipConfig()
     geode: GeodeConfig = GeodeConfig()
@@ -301,6 +315,14 @@ class Config:
             for i, each in enumerate(self.classes)
             for number in range(1, shares[i][0] + (i in extra) + 1)
         ]
+
+    def labels_of(self, alias: str) -> tuple[str, ...]:
+        """The labels that a node of this name is given; none where it is of no class of ours."""
+        name, _, number = alias.rpartition("-")
+        kind = next((each for each in self.classes if each.name == name), None)
+        if kind is None or not number.isdigit():
+            return ()
+        return kind.labels_of(int(number))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts and lists, in base units (ms, bytes, bit/s), for `--json`."""
@@ -349,6 +371,7 @@ def broken_relations(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     ]  # fmt: skip
     yield from (each for each in relations if each)
     names = [each.name for each in config.classes]
+    given = [f"{k}={v}" for k, v in _label_values(config.classes)]
     if len(set(names)) < len(names):
         yield ("classes",), "classes: two have the same name."
     if not 1 <= config.nodes <= NODES_MAX:
@@ -362,14 +385,21 @@ def broken_relations(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         )
     counts = {each.name: each.count for each in config.classes}
     for at, row in enumerate(config.links.rules):
-        if wrong := _broken_link(row, counts):
+        if wrong := _broken_link(row, counts, given):
             yield (f"links.rules.{at}",), f"links.rules.{at} {wrong}"
     geode = config.geode
     if geode.weight_compute + geode.weight_memory + geode.weight_bandwidth == 0:
         yield ("geode.weight_compute",), "geode: one of the three weights must be above 0."
 
 
-def _broken_link(row: LinkRow, counts: Mapping[str, int]) -> str:
+def _label_values(classes: tuple[NodeClass, ...]) -> Iterator[tuple[str, str]]:
+    """Every label with a value that a node of the configuration may be given."""
+    for each in classes:
+        for key, values in labelling.read_layout(each.labels):
+            yield from ((key, value) for value in values)
+
+
+def _broken_link(row: LinkRow, counts: Mapping[str, int], given: Sequence[str]) -> str:
     """What is wrong with the sides of a rule, or ""."""
     if row.between and (row.source or row.target):
         return "has `between` and `from` or `to`: it is either both ways or one way."
@@ -378,7 +408,10 @@ def _broken_link(row: LinkRow, counts: Mapping[str, int]) -> str:
     for name in ",".join(row.sides).split(","):
         kind = name.rpartition("-")[0]
         known = [f"{kind}-{each:02d}" for each in range(1, counts.get(kind, 0) + 1)]
-        if name not in ("*", *counts, *known):
+        if "=" in name and name not in given:
+            near = loader.nearest(name, given)
+            return f"names {name[:60]!r}, a label that no class has. {near}".rstrip()
+        if name not in ("*", *counts, *known, *given):
             near = loader.nearest(name, [*counts, *known])
             return f"names {name[:60]!r}, which is no node, no class and not `*`. {near}".rstrip()
     return ""
@@ -409,7 +442,7 @@ def load(
 ) -> Config:
     """The configuration in `path`, or the packaged default; raises `ConfigError` alone."""
     file = DEFAULT_FILE if path is None else str(path)
-    written = reader.document(SCHEMA, _read(path), file)
+    written = _profiled(reader.document(SCHEMA, _read(path), file), environ, overrides)
     names = {"classes": [key[1] for key in written if len(key) == 2]}
     if not names["classes"]:
         written |= _written_classes(file)
@@ -422,6 +455,38 @@ def load(
     except BrokenRelation as broken:
         place = _place(broken.keys, written) or f"{file}:1:1"
         raise ConfigError(f"{place}: {broken.message}", broken.next_step) from None
+
+
+def profile_path(name: str) -> Path:
+    """The packaged file of a profile."""
+    return PACKAGED.parent / "profiles" / f"{name}.yaml"
+
+
+def _profiled(
+    written: dict[loader.KeyPath, loader.Written],
+    environ: Mapping[str, str],
+    overrides: Mapping[str, str],
+) -> dict[loader.KeyPath, loader.Written]:
+    """With the classes and links of the profile that is named: before those of the file where a
+    flag or a variable names it; where the file does, its own go before them."""
+    named = overrides.get("profile") or environ.get(f"{VARIABLE_PREFIX}PROFILE", "")
+    by_file = written.get(("profile",))
+    name = named.strip() or (by_file.text if by_file is not None else "")
+    if name not in PROFILES:
+        return written  # "none", or what `build` refuses
+    path = profile_path(name)
+    packaged = reader.document(SCHEMA, _read(path), f"{path.parent.name}/{path.name}")
+    return _laid_over(written, packaged) if named else _laid_over(packaged, written)
+
+
+def _laid_over(
+    low: dict[loader.KeyPath, loader.Written], high: dict[loader.KeyPath, loader.Written]
+) -> dict[loader.KeyPath, loader.Written]:
+    """A table or a list of `high` takes the whole place of that of `low`."""
+    whole = {path[:1] for path in high if path[0] in SCHEMA.tables}
+    whole |= {path[:2] for path in high if path[:2] in SCHEMA.lists}
+    kept = {p: v for p, v in low.items() if p[:1] not in whole and p[:2] not in whole}
+    return kept | high
 
 
 def encode(config: Config) -> bytes:

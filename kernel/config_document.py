@@ -13,6 +13,7 @@ from typing import Any
 
 from manifold.kernel import config_loader as loader
 from manifold.kernel import config_units as units
+from manifold.kernel import labels
 from manifold.kernel.config import SCHEMA, Config, LinkRow, NodeClass
 
 HEADER = """\
@@ -106,11 +107,17 @@ def _class_comments() -> str:
 
 def _class_line(row: NodeClass) -> str:
     figures = ", ".join(
-        f"{name}: {units.show(getattr(row, key.field), key.unit)}"
+        f"{name}: {_figure(row, key)}"
         for name, key in loader.keys_of(NodeClass).items()
         if name != "name"
     )
     return f"  {row.name}: {{{figures}}}"
+
+
+def _figure(row: NodeClass, key: loader.Key) -> str:
+    if key.layout:
+        return labels.show_layout(labels.read_layout(getattr(row, key.field)))
+    return units.show(getattr(row, key.field), key.unit)
 
 
 def _first_line(table: type) -> str:

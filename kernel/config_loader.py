@@ -20,6 +20,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from manifold.kernel import config_units as units
+from manifold.kernel import labels
 from manifold.kernel.errors import ConfigError
 from manifold.kernel.limits import NAME, NAME_WORDS
 
@@ -49,6 +50,7 @@ class Key:
     name_chars_max: int
     chars_max: int
     pair: bool  # written as a list of two
+    layout: bool  # labels: written as keys with a value, or several, each
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,7 @@ def _key_of(field: Field[Any]) -> Key:
         name_chars_max=field.metadata.get("name_chars_max", 0),
         chars_max=field.metadata.get("chars_max", units.VALUE_CHARS_MAX),
         pair=field.metadata.get("pair", False),
+        layout=field.metadata.get("layout", False),
     )
 
 
@@ -119,6 +122,11 @@ def check(key: Key, value: Any, path: str) -> None:
     if key.choices and value not in key.choices:
         near = nearest(str(value), key.choices)
         raise ConfigError(f"{path} is {value!r}; it must be one of {', '.join(key.choices)}.", near)
+    if key.layout:
+        try:
+            labels.read_layout(value)
+        except ConfigError as refusal:
+            raise ConfigError(f"{path}: {refusal.message}", refusal.next_step) from None
     if key.name_chars_max and not (NAME.match(value) and len(value) <= key.name_chars_max):
         raise ConfigError(
             f"{path} is {value!r}; a name has 1 to {key.name_chars_max} characters, {NAME_WORDS}."
@@ -137,6 +145,8 @@ def allowed(key: Key) -> str:
         return f"{_shown(key, key.low)} to {_shown(key, key.high)}"
     if key.pair:
         return "[side, side]"
+    if key.layout:
+        return "{key: value}"
     return "true or false" if key.kind == "bool" else "a name"
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from manifold.kernel import labels
 from manifold.kernel.config_loader import (
     DEPTH_MAX,
     DOCUMENT_BYTES_MAX,
@@ -87,6 +88,7 @@ class _Reader:
         self.stack: list[str | None] = []  # one entry for each open mapping: the key being read
         self.seen: dict[KeyPath, set[str]] = {}
         self.pair: list[str] | None = None  # the texts of a list of two, while it is read
+        self.layout: _Layout | None = None  # labels of a class, while they are read
         self.documents = 0
 
     def take(self, event: Any) -> None:
@@ -95,6 +97,9 @@ class _Reader:
             raise self._refusal(event, "anchors and aliases are not used here.", "Write it out.")
         if getattr(event, "tag", None) not in (None, "!"):
             raise self._refusal(event, f"the tag {event.tag[:40]!r} is not used here.", "Drop it.")
+        if self.layout is not None:
+            self._take_label(event, kind)
+            return
         match kind:
             case "DocumentStartEvent":
                 self.documents += 1
@@ -121,6 +126,9 @@ class _Reader:
         path = self._path()
         if self.stack and self.stack[-1] is None:
             raise self._refusal(event, "a key must be a word.")
+        if self._is_layout(path):
+            self.layout = _Layout(self._where(event))
+            return
         is_section = len(path) == 1 and (path[0] in self.schema.sections or self._is_table(path))
         is_row = len(path) == 2 and self._is_table(path)
         is_item = self._is_item(path)
@@ -147,6 +155,8 @@ class _Reader:
             self.pair = []
         elif self.pair is not None or self._is_item(path):
             raise self._refusal(event, self._wanted_list())
+        elif self._is_layout(path):
+            raise self._refusal(event, self._wanted_labels())
         else:
             raise self._refusal(event, self._not_a_list())
 
@@ -191,11 +201,25 @@ class _Reader:
             raise self._refusal(event, self._wanted_list())
         elif self._is_table(path) and len(path) < 3:
             raise self._refusal(event, f"{'.'.join(path)} takes keys, such as `count: 4`.")
+        elif self._is_layout(path):
+            raise self._refusal(event, self._wanted_labels())
         else:
             where = self._where(event)
             find(self.schema, path, Written("", where))
             self.written[path] = Written(event.value, where, quoted)
         self._value_done()
+
+    def _take_label(self, event: Any, kind: str) -> None:
+        assert self.layout is not None
+        try:
+            done = self.layout.take(event, kind)
+        except ConfigError as refusal:
+            path = ".".join(self._path())
+            raise self._refusal(event, f"{path}: {refusal.message}", refusal.next_step) from None
+        if done:
+            self.written[self._path()] = Written(self.layout.text, self.layout.where)
+            self.layout = None
+            self._value_done()
 
     def _key(self, event: Any) -> None:
         name, table = event.value, self._path()
@@ -242,6 +266,12 @@ class _Reader:
             return False
         return keys_of(self.schema.lists[path[:2]])[path[3]].pair
 
+    def _is_layout(self, path: KeyPath) -> bool:
+        if len(path) != 3 or not self._is_table(path):
+            return False
+        key = keys_of(self.schema.tables[path[0]]).get(path[2])
+        return key is not None and key.layout
+
     def _value_done(self) -> None:
         path = self._path()
         if self.stack and self._is_item(path):
@@ -252,6 +282,10 @@ class _Reader:
     def _not_a_list(self) -> str:
         path = ".".join(self._path())
         return f"{path or 'the file'} takes no list; write `key: value` lines beneath it."
+
+    def _wanted_labels(self) -> str:
+        path = ".".join(self._path())
+        return f"{path} takes keys with values, such as `{{site: lab, rack: [r1, r2]}}`."
 
     def _wanted_list(self) -> str:
         path = self._path()
@@ -266,3 +300,57 @@ class _Reader:
 
     def _refusal(self, event: Any, reason: str, next_step: str = "") -> ConfigError:
         return ConfigError(f"{self._where(event)}: {reason}", next_step)
+
+
+class _Layout:
+    """The labels of a class: `{site: lab, rack: [r1, r2], ssd}`, as one text for `read_layout`."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self._parts: dict[str, list[str]] = {}
+        self._key: str | None = None  # whose value comes next
+        self._listed = False
+
+    @property
+    def text(self) -> str:
+        return ",".join(
+            f"{key}={'/'.join(values)}" if values else key for key, values in self._parts.items()
+        )
+
+    def take(self, event: Any, kind: str) -> bool:
+        """True at the end; raises `ConfigError` without a place."""
+        match kind:
+            case "ScalarEvent" if self._key is None:
+                self._begin(event.value)
+            case "ScalarEvent":
+                self._value(event.value, bool(event.style))
+            case "SequenceStartEvent" if self._key is not None and not self._listed:
+                self._listed = True
+            case "SequenceEndEvent":
+                if not self._parts[self._key or ""]:
+                    raise ConfigError(f"the label {self._key} has no value.", "Write one.")
+                self._key, self._listed = None, False
+            case "MappingEndEvent":
+                return True
+            case _:
+                raise ConfigError("a label has a word, or a list of words, as its value.")
+        return False
+
+    def _begin(self, key: str) -> None:
+        labels.check(key)
+        if key in self._parts:
+            raise ConfigError(f"the label {key} stands twice.", "Keep one of them.")
+        if len(self._parts) >= labels.LABELS_MAX:
+            raise ConfigError(f"a node has at most {labels.LABELS_MAX} labels.")
+        self._parts[key] = []
+        self._key = key
+
+    def _value(self, value: str, quoted: bool) -> None:
+        key = self._key
+        assert key is not None
+        empty = not quoted and value in ("", "~", "null", "Null", "NULL")
+        if not empty or self._listed:
+            labels.check(f"{key}={value}")
+            self._parts[key].append(value)
+        if not self._listed:
+            self._key = None

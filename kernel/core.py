@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from random import Random
 from types import MappingProxyType
 from typing import Any, get_args
@@ -122,6 +123,14 @@ class Core:
 
     def _tick_scheduler(self, now_ms: float) -> list[Effect]:
         return self.scheduler.tick(now_ms)
+
+    def relabel(self, labels: tuple[str, ...], now_ms: float) -> list[Effect]:
+        """This node has other labels from now on."""
+        self.me = replace(self.me, labels=labels)
+        effects = self.membership.relabel(labels, now_ms)
+        me = self.me
+        self.geode.node_up(me.kid, me.alias, me.node_class, _static(me.meta), now_ms)
+        return self._close("membership", effects, now_ms)
 
     # -- events -------------------------------------------------------------------------------
 
@@ -346,6 +355,9 @@ class Core:
             self.geode.node_up(member.kid, meta.alias, meta.node_class, _static(meta), now_ms)
             lists.append(("scheduler", self.scheduler.node_up(member.kid, now_ms)))
             lists.append(("nexus", self.nexus.node_up(member.kid, now_ms)))
+        elif member.meta.alias:  # perhaps it has other labels
+            meta = member.meta
+            self.geode.node_up(member.kid, meta.alias, meta.node_class, _static(meta), now_ms)
         return lists
 
     def _down(self, kid: Kid, boot: int, now_ms: float) -> list[tuple[str, list[Effect]]]:
@@ -365,4 +377,5 @@ def _static(meta: membership_messages.Meta) -> Static:
         latency_ms=meta.latency_ms,
         gpu=meta.gpu,
         arch=meta.arch,
+        labels=meta.labels,
     )

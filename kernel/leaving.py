@@ -90,7 +90,9 @@ class Leaving:
                 self._node.tell(VotersSettled(wish.number, True))
                 return
             voters = [Kid(voter.kid) for voter in config.new]
-            target = seating.settle(voters, wish.leaving, self._candidates())
+            members = self._node.core.membership.members()
+            known = {each.kid: each.meta.labels for each in members}
+            target = seating.settle(voters, wish.leaving, self._candidates(), known)
             if not target:
                 self._node.tell(VotersSettled(wish.number, False, why="nobody else can vote"))
                 return
@@ -117,4 +119,4 @@ class Leaving:
         members = self._node.core.membership.members()
         well = [each for each in members if each.state == State.ALIVE and each.meta.alias]
         well.sort(key=lambda each: each.meta.alias)
-        return [(each.kid, ()) for each in well]
+        return [(each.kid, each.meta.labels) for each in well]

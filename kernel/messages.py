@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from manifold.kernel import labels
 from manifold.kernel.clock import JUMP_MS_MAX, RATE_MAX, RATE_MIN
 from manifold.kernel.geode.messages import LoadReport
 from manifold.kernel.hyperbus import messages as hyperbus
@@ -25,6 +26,8 @@ from manifold.vm.kid import Kid
 
 LOG_LINES_MAX = 2000
 Text = Annotated[str, Meta(max_length=4096)]
+LABEL_CHARS_MAX = labels.KEY_CHARS_MAX + 1 + labels.VALUE_CHARS_MAX
+Label = Annotated[str, Meta(min_length=1, max_length=LABEL_CHARS_MAX)]
 
 
 class GetNode(msgspec.Struct, frozen=True, array_like=True, tag="n.node"):
@@ -52,6 +55,7 @@ class NodeInfo(msgspec.Struct, frozen=True, array_like=True, tag="n.info"):
     load: LoadReport | None = None
     bad_messages: int = 0
     metrics: str = ""  # HOST:PORT that serves /metrics, "" where nothing does
+    labels: tuple[str, ...] = ()
     line: str = ""  # where other nodes reach it, if it is in a network namespace
 
 
@@ -176,6 +180,14 @@ class SkewClock(msgspec.Struct, frozen=True, array_like=True, tag="n.clock"):
     rate: Annotated[float, Meta(ge=RATE_MIN, le=RATE_MAX)] = 1.0
 
 
+class SetLabels(msgspec.Struct, frozen=True, array_like=True, tag="n.label"):
+    """Answered by `NodeInfo`: the node has these labels as well, and none with a key of `taken`.
+    It remembers that when it starts again."""
+
+    given: Annotated[tuple[Label, ...], Meta(max_length=labels.LABELS_MAX)] = ()
+    taken: Annotated[tuple[Label, ...], Meta(max_length=labels.LABELS_MAX)] = ()
+
+
 class Done(msgspec.Struct, frozen=True, array_like=True, tag="n.done"):
     """It was done; `what` says what, for people."""
 
@@ -203,6 +215,7 @@ Message = (
     | SetLink
     | ClearLinks
     | SkewClock
+    | SetLabels
     | LinkOrders
     | GetLinks
     | Links
@@ -232,11 +245,12 @@ DECODER: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(VOCABULARY)
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="u.ready"):
-    """The node serves; who it is."""
+    """The node serves; who it is, and the labels that it has."""
 
     kid: Kid
     boot: int
     alias: str
+    labels: tuple[str, ...] = ()
 
 
 class Alive(msgspec.Struct, frozen=True, array_like=True, tag="u.alive"):

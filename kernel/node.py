@@ -39,6 +39,7 @@ from manifold.kernel.errors import ManifoldError, Refused, Unavailable
 from manifold.kernel.hyperbus.driver import Bus, Incoming
 from manifold.kernel.hyperbus.faults import to_failure
 from manifold.kernel.hyperbus.messages import CLIENT_PREFIX
+from manifold.kernel.labelling import Labelling
 from manifold.kernel.leaving import Leaving
 from manifold.kernel.logbook import Logbook
 from manifold.kernel.membership.messages import (
@@ -141,23 +142,21 @@ class Node:
             self._voter_stopped, lambda: self.bus.flush(),
             lambda: self.core.nexus.operations,
         )  # fmt: skip
+        self.labelling = Labelling(self, folder, spec.labels)
         self.core = Core(
             self._me(), spec.config, Random(SystemRandom().getrandbits(64)),
             incarnation=incarnation, seeds=spec.seeds, durable=dict(records),
             rejoin=disk.load_step(folder / disk.FOLDER), outbox=load_outbox(folder),
-            slots=memory.slots(
-                spec.cores, spec.memory_bytes, spec.config.tasks.memory, spec.memory_cgroup
-            ),
+            slots=spec.slots,
         )  # fmt: skip
         self.bus = Bus(
             self.identity.kid, self.boot, spec.config.cluster, DECODER, self._arrived,
             alias=spec.alias, tcp=bool(spec.line),
         )  # fmt: skip
         self.memory = memory.Memory(spec.alias, spec.memory_bytes, spec.memory_cgroup, os.getppid())
-        grace_ms = spec.config.tasks.grace_ms
-        self.pool = Pool(spec.zygote, self._worker_spec(), grace_ms, self, self.memory)
-        slots = self.core.scheduler.runner.slots
-        self.tasks = TaskPool(spec.zygote, self._task_spec(), slots, grace_ms, self, self.memory)
+        ends = (spec.config.tasks.grace_ms, self, self.memory)
+        self.pool = Pool(spec.zygote, self._worker_spec(), *ends)
+        self.tasks = TaskPool(spec.zygote, self._task_spec(), spec.slots, *ends)
         self.tally = Tally()
         self.commits.on_batch = self.tally.commit.observe
         self.observatory = Observatory(self)
@@ -171,7 +170,7 @@ class Node:
         return Me(
             self.identity.kid, self.boot, spec.alias, spec.node_class, (spec.reached_at,),
             spec.cores, spec.compute, spec.memory_bytes, spec.bandwidth_bps, spec.latency_ms,
-            spec.gpu, os.uname().machine,
+            spec.gpu, os.uname().machine, self.labelling.own,
         )  # fmt: skip
 
     def _worker_spec(self) -> WorkerSpec:
@@ -201,7 +200,8 @@ class Node:
         self.loop.add_reader(liveness_fd, self._orphaned)
         self.loop.add_reader(self._control.socket, self._commanded)
         log.info("boot %d of %s (%s)", self.boot, self.spec.alias, self.identity.kid)
-        self._control.post(Ready(self.identity.kid, self.boot, self.spec.alias))
+        ready = Ready(self.identity.kid, self.boot, self.spec.alias, self.labelling.own)
+        self._control.post(ready)
         self.perform(self.core.start(self.now_ms()))
         self._tell_alive()
 
@@ -566,12 +566,13 @@ class Node:
         self._clients_checked = None
         left = 0
         for client, address in self.bus.clients():
-            if answers(Path(address.removeprefix("ipc://") + ".c")):
+            socket_path = Path(address.removeprefix("ipc://") + ".c")
+            if answers(socket_path):
                 left += 1
                 continue
             log.info("client %s is gone without a goodbye", client)
             with contextlib.suppress(OSError):
-                os.unlink(address.removeprefix("ipc://") + ".c")
+                socket_path.unlink()
             self.client_gone(client)
         if left:
             self.watch_clients()

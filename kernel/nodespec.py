@@ -9,6 +9,7 @@ import msgspec
 
 from manifold.kernel.config import Config
 from manifold.kernel.messages import LinkOrders
+from manifold.kernel.process import memory
 
 
 class NodeSpec(msgspec.Struct, frozen=True):
@@ -28,9 +29,16 @@ class NodeSpec(msgspec.Struct, frozen=True):
     bandwidth_bps: float
     latency_ms: float
     gpu: bool
+    labels: tuple[str, ...] = ()
     orders: LinkOrders = LinkOrders()  # rules of links made since the cluster came up
     line: str = ""  # where other nodes reach it, in a network of their own: it is in a namespace
     memory_cgroup: str = ""  # that bounds its tasks' memory; without one the node keeps the books
+
+    @property
+    def slots(self) -> int:
+        """How many tasks may run at a time."""
+        task_bytes = self.config.tasks.memory
+        return memory.slots(self.cores, self.memory_bytes, task_bytes, self.memory_cgroup)
 
     @property
     def reached_at(self) -> str:

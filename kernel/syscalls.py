@@ -47,6 +47,7 @@ _ASKED = frozenset(
         m.SetLink,
         m.ClearLinks,
         m.SkewClock,
+        m.SetLabels,
         m.LinkOrders,
         m.GetLinks,
         m.Bye,
@@ -61,6 +62,7 @@ class SystemCalls:
         self._node = node
         self._looking: dict[asyncio.Future[Any], Member] = {}  # relayed: at whom
         self.orders = node.spec.orders
+        self._labels: dict[str, tuple[str, ...]] = {}  # of those that differ from their class
         self._plan_links()
 
     def serves(self, body: Any) -> bool:
@@ -98,10 +100,21 @@ class SystemCalls:
                 node.bus.reply(incoming, m.Done(f"orders {self.orders.number} hold"))
             case m.GetLinks():
                 node.bus.reply(incoming, self.links())
+            case m.SetLabels() as wish:
+                node.run(self._relabel(incoming, wish))
             case GetMetrics() | ProfileNode():
                 node.observatory.serve(incoming)
             case m.Bye():
                 node.client_gone(incoming.source)
+
+    async def _relabel(self, incoming: Incoming, wish: m.SetLabels) -> None:
+        try:
+            await self._node.labelling.change(wish.given, wish.taken)
+        except ManifoldError as error:
+            self._node.bus.reply(incoming, to_failure(error))
+            return
+        self._plan_links()  # rules may name one of them
+        self._node.bus.reply(incoming, self.info())
 
     def info(self) -> m.NodeInfo:
         """This node, as it sees itself."""
@@ -116,7 +129,7 @@ class SystemCalls:
             sum(member.state in (State.ALIVE, State.SUSPECT) for member in members),
             node.now_ms() - node.started_ms, throttle, workers,
             node.core.scheduler.runner.load(), node.bus.counters["bad"],
-            node.observatory.address, spec.line,
+            node.observatory.address, node.labelling.own, spec.line,
         )  # fmt: skip
 
     def processes(self) -> tuple[m.Process, ...]:
@@ -149,8 +162,26 @@ class SystemCalls:
 
     def _plan_links(self) -> None:
         spec = self._node.spec
-        plan = Plan(spec.alias, of_config(spec.config, cables=bool(spec.line)), self.orders.rules)
+        links = of_config(spec.config, cables=bool(spec.line))
+        plan = Plan(spec.alias, links, self.orders.rules, self._labels_of)
         self._node.bus.filter.set_plan(plan)
+
+    def _labels_of(self, alias: str) -> tuple[str, ...]:
+        """As it says itself, and as its class says as long as it was not heard of."""
+        spec = self._node.spec
+        if alias == spec.alias:
+            return self._node.labelling.own
+        told = self._labels.get(alias)
+        return spec.config.labels_of(alias) if told is None else told
+
+    def _heard_labels(self, alias: str, told: tuple[str, ...]) -> None:
+        """Rules that name labels may be about it, or not any more."""
+        if told == self._labels_of(alias):
+            return
+        self._labels.pop(alias, None)
+        if told != self._labels_of(alias):
+            self._labels[alias] = told
+        self._plan_links()
 
     def links(self) -> m.Links:
         """What became of this node's frames, rule by rule that is about them."""
@@ -161,7 +192,8 @@ class SystemCalls:
             m.LinkTally(rule, ordered, place, t.sent, t.delayed, t.lost, t.reordered, t.cut)
             for ordered, rules in ((False, plan.rules), (True, plan.orders))
             for place, rule in enumerate(rules)
-            if has(rule.a, node.spec.alias) or has(rule.b, node.spec.alias)
+            if has(rule.a, node.spec.alias, self._labels_of)
+            or has(rule.b, node.spec.alias, self._labels_of)
             for t in (counted.get(rule, Tally()),)
         )
         return m.Links(node.spec.alias, self.orders.number, tallies)
@@ -284,6 +316,10 @@ class SystemCalls:
     def member_changed(self, now: Member) -> None:
         """Who looks at a node that is gone is told at once; there is nothing to be in doubt of."""
         gone = now.state in (State.DEAD, State.LEFT)
+        if now.state == State.LEFT:
+            self._labels.pop(now.meta.alias, None)
+        elif now.meta.alias != self._node.spec.alias:
+            self._heard_labels(now.meta.alias, now.meta.labels)
         for asked, then in list(self._looking.items()):
             if now.kid == then.kid and (gone or now.boot != then.boot) and not asked.done():
                 asked.set_exception(
@@ -309,5 +345,5 @@ def _as_seen(member: Member) -> m.NodeInfo:
     return m.NodeInfo(
         Kid(member.kid), meta.alias, meta.node_class, _STATES[member.state], 0, member.boot,
         meta.addresses[0] if meta.addresses else "", meta.cores, meta.compute, meta.memory_bytes,
-        meta.gpu, 0, 0.0, "",
+        meta.gpu, 0, 0.0, "", labels=meta.labels,
     )  # fmt: skip

@@ -17,7 +17,7 @@ def manifold_clusters(manifold_clusters: Callable[..., TestCluster]) -> Callable
     """As the plugin's, but of the unequal classes that a user has who writes no file."""
 
     def start(*nodes: int, **options: object) -> TestCluster:
-        if not {"classes", "links", "config"} & set(options):
+        if not {"classes", "links", "config", "profile"} & set(options):
             options["config"] = PACKAGED
         return manifold_clusters(*nodes, **options)
 

@@ -29,6 +29,7 @@ ORDER = {
         ("config", "config_units", "config_loader", "config_reader", "config_document"), 1
     ),
     **dict.fromkeys(("effects", "limits", "errors", "durable", "places", "identity", "traces"), 1),
+    "labels": 1,
     **dict.fromkeys(("inventory", "otel", "rendezvous", "tasks"), 1),
     **dict.fromkeys(("geode", "process"), 2),
     **dict.fromkeys(("scheduler", "nexus", "membership", "memory", "hyperbus", "keg", "mayor"), 3),
@@ -38,7 +39,7 @@ ORDER = {
 }
 SUBSYSTEM, NODE = 3, 4
 # What shells may import of the kernel, beside every messages.py.
-SHELLS_MAY = ("config", "errors", "hyperbus", "places", "tasks", "traces")
+SHELLS_MAY = ("config", "errors", "hyperbus", "labels", "places", "tasks", "traces")
 
 PURE_FOLDERS = ("geode",)  # pure without a protocol.py; folders with one are found
 # fmt: off

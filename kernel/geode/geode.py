@@ -30,6 +30,7 @@ from itertools import accumulate
 from math import isfinite, sqrt
 from random import Random
 
+from manifold.kernel import labels
 from manifold.kernel.config import GeodeConfig
 from manifold.kernel.geode import explain, metric, routing
 from manifold.kernel.geode.explain import Record, Ring
@@ -460,11 +461,12 @@ class Geode:
         task: str,
         demand: Demand,
         ranked: Sequence[Ranked],
-        winner: Kid,
+        winner: Kid | None,
         now_ms: float,
         note: str = "",
     ) -> Record:
-        """`record` for a ranking that is there already; nothing is described until asked for."""
+        """`record` for a ranking that is there already; nothing is described until asked for.
+        Without a winner: nobody may take it."""
         _, refused = self._admit(self._plan(demand, now_ms), demand)
         # The winner first, then by cost: what does not fit the list is the dearest.
         first = next((each for each in ranked if each.kid == winner), None)
@@ -514,8 +516,22 @@ def refusal(node: Node, demand: Demand) -> str | None:
         return f"{node.slots} cores, {demand.cores} needed"
     if node.kid in demand.exclude:
         return "excluded: it failed the task or holds its twin"
-    missing = [label for label in demand.labels if label not in static.labels]
-    return f"lacks the label {missing[0]}" if missing else None
+    wish = unmet(node, demand)
+    return _without(node, wish) if wish else None
+
+
+def unmet(node: Node, demand: Demand) -> str:
+    """The first wish about labels that a node does not meet; "" where it meets all."""
+    return next((wish for wish in demand.labels if not labels.meets(node.facts, wish)), "")
+
+
+def _without(node: Node, wish: str) -> str:
+    """What a node has instead."""
+    if wish.startswith("!"):
+        return f"has the label {wish[1:]}"
+    key, equals, _ = wish.partition("=")
+    other = labels.value(node.facts, key) if equals else ""
+    return f"has {key}={other}, not {wish}" if other else f"lacks the label {wish}"
 
 
 def overloaded(node: Node, demand: Demand) -> str | None:

@@ -17,7 +17,7 @@ import msgspec
 from manifold.vm.kid import Kid, short
 
 MAX_TEXT = 128  # characters of an alias, class, label, architecture or task id
-MAX_LABELS = 32  # labels of one demand: a node advertises at most as many
+MAX_LABELS = 32  # wishes of one demand: twice as many as a node has labels
 MAX_HOLDERS = 64  # nodes named as holding the input, or excluded: a few replicas, a few attempts
 MAX_CANDIDATES = 256  # a full view, the most that one decision can have compared
 MAX_SLOTS = 4096  # workers of one node: 256 cores with a generous factor of 16
@@ -43,6 +43,7 @@ class Demand(msgspec.Struct, frozen=True, array_like=True, tag="g.demand"):
     arch: Text = ""
     memory_bytes: Bytes = 0
     cores: Count = 0
+    # Wishes: `site=a`, `ssd`, `!ssd` (kernel/labels.py); all of them have to be met.
     labels: Annotated[tuple[Text, ...], msgspec.Meta(max_length=MAX_LABELS)] = ()
     exclude: Kids = ()  # nodes that must not get it: they failed it, or hold its twin
     compute: Share = 0.0

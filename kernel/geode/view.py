@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from math import exp, isfinite
 
+from manifold.kernel import labels
 from manifold.kernel.geode.features import LATENCY_MAX_MS, Static
 from manifold.kernel.geode.messages import MAX_GAS, MAX_SLOTS, MIN_RATE, LoadReport
 from manifold.vm.kid import Kid
@@ -35,6 +36,7 @@ class Node:
     __slots__ = (
         "alias",
         "done_gas",
+        "facts",
         "features",
         "flight_gas",
         "flights",
@@ -58,6 +60,8 @@ class Node:
         self.node_class = node_class
         self.static = static
         self.features = static.features
+        # What it can be asked to be: what it says, and what it is by itself.
+        self.facts = (*static.labels, *labels.facts(node_class, static.arch, static.gpu))
         self.slots = static.cores
         self.rtt_s = rtt_s
         self.load: LoadReport | None = None

@@ -1,13 +1,14 @@
-"""Rules of links between nodes, by their aliases and classes, and which of them holds. Pure.
+"""Rules of links between nodes, by alias, class and label, and which of them holds. Pure.
 
-Interface rules: a side of a rule is names with commas between: an alias, a class, or `*` for every
-node; the class of `rpi4-01` is `rpi4`. Of several rules that fit two nodes the last one holds, and
-it alone. Rules made while the cluster runs (orders) go before those of the file.
+Interface rules: a side of a rule is names with commas between: an alias, a class, a label with its
+value (`site=a`), or `*` for every node; the class of `rpi4-01` is `rpi4`. Who asks says which
+labels a node has. Of several rules that fit two nodes the last one holds, and it alone. Rules made
+while the cluster runs (orders) go before those of the file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -19,6 +20,7 @@ RULES_MAX = 256  # made at run time: a partition into 16 groups takes 120, slow 
 LATENCY_MS_MAX = 60_000.0
 RATE_BPS_MAX = 1e12
 
+LabelsOf = Callable[[str], Sequence[str]]  # of the node with an alias
 Side = Annotated[str, Meta(min_length=1, max_length=SIDE_CHARS_MAX)]
 Probability = Annotated[float, Meta(ge=0, le=1)]
 Time = Annotated[float, Meta(ge=0, le=LATENCY_MS_MAX)]
@@ -52,26 +54,35 @@ def class_of(alias: str) -> str:
     return alias.rpartition("-")[0]
 
 
-def has(side: str, alias: str) -> bool:
+def unlabelled(alias: str) -> Sequence[str]:
+    """The labels of nodes that have none."""
+    return ()
+
+
+def has(side: str, alias: str, labels_of: LabelsOf = unlabelled) -> bool:
     """Whether a side of a rule names the node."""
     names = side.split(",")
-    return alias in names or "*" in names or class_of(alias) in names
+    if alias in names or "*" in names or class_of(alias) in names:
+        return True
+    return "=" in side and any(label in names for label in labels_of(alias) if "=" in label)
 
 
-def fits(rule: LinkRule, source: str, target: str) -> bool:
+def fits(rule: LinkRule, source: str, target: str, labels_of: LabelsOf = unlabelled) -> bool:
     """Whether a rule is about frames from one node to another."""
     if source == target:
         return False
-    if has(rule.a, source) and has(rule.b, target):
+    if has(rule.a, source, labels_of) and has(rule.b, target, labels_of):
         return True
-    return not rule.one_way and has(rule.b, source) and has(rule.a, target)
+    return not rule.one_way and has(rule.b, source, labels_of) and has(rule.a, target, labels_of)
 
 
-def holding(rules: Iterable[LinkRule], source: str, target: str) -> LinkRule | None:
+def holding(
+    rules: Iterable[LinkRule], source: str, target: str, labels_of: LabelsOf = unlabelled
+) -> LinkRule | None:
     """The last of `rules` that fits."""
     found = None
     for rule in rules:
-        if fits(rule, source, target):
+        if fits(rule, source, target, labels_of):
             found = rule
     return found
 
@@ -83,6 +94,7 @@ class Plan:
     alias: str
     rules: tuple[LinkRule, ...] = ()
     orders: tuple[LinkRule, ...] = ()
+    labels_of: LabelsOf = unlabelled
 
     @property
     def active(self) -> bool:
@@ -97,7 +109,7 @@ class Plan:
         return self._between(peer, self.alias)
 
     def _between(self, source: str, target: str) -> LinkRule | None:
-        order = holding(self.orders, source, target)
+        order = holding(self.orders, source, target, self.labels_of)
         if order is not None and not order.lifted:
             return order
-        return holding(self.rules, source, target)
+        return holding(self.rules, source, target, self.labels_of)

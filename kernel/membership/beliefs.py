@@ -111,7 +111,8 @@ class Beliefs:
             same = row.incarnation == update.incarnation and row.boot == update.boot
             if same and row.state == update.state:
                 return  # The common case: heard before.
-        shown = row is not None and row.meta is not None
+        meta = row.meta if row is not None else None
+        shown = meta is not None
         boot = row.boot if row is not None else -1
         record, previous, grew = self._table.merge(update, now_ms)
         if record is None:
@@ -124,7 +125,8 @@ class Beliefs:
             # Who tells this does not know of the accusation: tell it again (memberlist#311).
             self._retell(record.update(self._accuser(record)), now_ms)
         before = previous if shown else None
-        if record.meta is not None and (not shown or record.boot != boot or record.state != before):
+        told = (boot, before, meta)  # to the rest of the node
+        if record.meta is not None and told != (record.boot, record.state, record.meta):
             self._members = None
             self._out.append(Notify(MemberChanged(record.member(), before)))
         elif grew:

@@ -16,6 +16,7 @@ from typing import Annotated
 
 import msgspec
 
+from manifold.kernel import labels as labelling
 from manifold.kernel.errors import ProtocolError
 from manifold.vm.kid import Kid
 
@@ -25,6 +26,7 @@ ADDRESS_CHARACTERS_MAX = 128  # a Unix socket's path has at most 107, and a sche
 PACKET_UPDATES_BYTES = 1400  # one Ethernet frame less its headers
 PACKET_UPDATES_MAX = 64  # 1400 B / 22 B, the least an update can take
 PART_UPDATES = 256  # updates in one part of a full exchange
+LABEL_CHARACTERS_MAX = labelling.KEY_CHARS_MAX + 1 + labelling.VALUE_CHARS_MAX
 COUNTER_MAX = (1 << 62) - 1  # boots, incarnations, sequence numbers
 
 
@@ -43,10 +45,11 @@ _Counter = Annotated[int, msgspec.Meta(ge=0, le=COUNTER_MAX)]
 _Name = Annotated[str, msgspec.Meta(max_length=64)]
 _Address = Annotated[str, msgspec.Meta(min_length=1, max_length=ADDRESS_CHARACTERS_MAX)]
 _Figure = Annotated[float, msgspec.Meta(ge=0, le=1e18)]
+_Label = Annotated[str, msgspec.Meta(min_length=1, max_length=LABEL_CHARACTERS_MAX)]
 
 
 class Meta(msgspec.Struct, frozen=True, array_like=True):
-    """What a node says of itself; it does not change during a boot."""
+    """What a node says of itself. During a boot only its labels change, and `version` grows."""
 
     alias: _Name
     node_class: _Name
@@ -58,6 +61,8 @@ class Meta(msgspec.Struct, frozen=True, array_like=True):
     latency_ms: _Figure = 0.0
     gpu: bool = False
     arch: Annotated[str, msgspec.Meta(max_length=32)] = ""
+    labels: Annotated[tuple[_Label, ...], msgspec.Meta(max_length=labelling.LABELS_MAX)] = ()
+    version: _Counter = 0
 
 
 class Update(msgspec.Struct, frozen=True, array_like=True):
@@ -156,6 +161,7 @@ class Me:
     latency_ms: float = 0.0
     gpu: bool = False
     arch: str = ""
+    labels: tuple[str, ...] = ()
 
     @property
     def meta(self) -> Meta:
@@ -171,12 +177,13 @@ class Me:
             latency_ms=float(self.latency_ms),
             gpu=self.gpu,
             arch=self.arch,
+            labels=self.labels,
         )
         size_bytes = len(msgspec.msgpack.encode(meta))
         if size_bytes > META_BYTES_MAX:
             raise ProtocolError(
                 f"The description of {self.alias} takes {size_bytes} B of {META_BYTES_MAX}.",
-                "Shorten its alias, its class or its addresses.",
+                "Shorten its alias, its class, its addresses or its labels.",
             )
         return meta
 
@@ -196,7 +203,8 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class MemberChanged:
-    """A node appeared, changed state, restarted (another boot) or became describable.
+    """A node appeared, changed state, restarted (another boot), became describable or told other
+    labels of itself.
 
     `previous_state` is None when it was not known before.
     """

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 
 import msgspec
@@ -156,6 +157,17 @@ class Membership(Beliefs):
             self._exchange_step(now_ms)
         self._gossip_step(now_ms)
         return self._finish(now_ms, ticked=True)
+
+    def relabel(self, labels: tuple[str, ...], now_ms: float) -> list[Effect]:
+        """We have other labels: a higher incarnation carries the new description everywhere."""
+        self.me = replace(self.me, labels=labels)
+        self._meta = msgspec.structs.replace(self.me.meta, version=self._meta.version + 1)
+        self._members = None
+        if not self._running or self.state != State.ALIVE:
+            return []
+        self.incarnation = min(COUNTER_MAX, self.incarnation + 1)
+        self._tell(self._myself(), now_ms)
+        return self._finish(now_ms, persist=True)
 
     def leave(self, now_ms: float) -> list[Effect]:
         """Tell that we go. Afterwards only the news of it is passed on."""

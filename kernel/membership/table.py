@@ -3,7 +3,7 @@
 A belief is `(boot, incarnation, state)`, compared in that order, and the larger one stays: the
 merge is a maximum, hence commutative, idempotent and monotone. Identity is (kid, boot): a larger
 boot replaces whatever was believed of a smaller one, also that it was dead. The description
-(`meta`) belongs to a boot and is filled in whenever it arrives.
+(`meta`) belongs to a boot, and to a version within it, and is filled in whenever it arrives.
 
 Invariants:
   T1  the belief about a node never decreases;
@@ -103,8 +103,10 @@ class Table:
             self._order.append(record.kid)
         else:
             previous = record.state
-        if update.meta is not None and update.boot > record.meta_boot:
-            record.meta, record.meta_boot = update.meta, update.boot
+        if update.meta is not None:
+            version = record.meta.version if record.meta is not None else -1
+            if (update.boot, update.meta.version) > (record.meta_boot, version):
+                record.meta, record.meta_boot = update.meta, update.boot
         theirs = (update.boot, update.incarnation, update.state)
         if theirs <= record.belief:
             return record, previous, False

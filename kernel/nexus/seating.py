@@ -14,13 +14,15 @@ Invariants:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 
+from manifold.kernel import labels as labelling
+from manifold.kernel.labels import GROUPS
 from manifold.vm.kid import Kid
 
-GROUPS = ("site", "rack", "org")  # the labels that tell what fails together, the largest first
-
 Candidate = tuple[Kid, Sequence[str]]
+_NOTHING: Mapping[Kid, Sequence[str]] = MappingProxyType({})
 
 
 def choose(count: int, candidates: Sequence[Candidate], kept: Sequence[Kid] = ()) -> list[Kid]:
@@ -40,14 +42,18 @@ def choose(count: int, candidates: Sequence[Candidate], kept: Sequence[Kid] = ()
 
 
 def settle(
-    voters: Sequence[Kid], leaving: Collection[Kid], candidates: Sequence[Candidate]
+    voters: Sequence[Kid],
+    leaving: Collection[Kid],
+    candidates: Sequence[Candidate],
+    known: Mapping[Kid, Sequence[str]] = _NOTHING,
 ) -> list[Kid]:
-    """S2, S3. `candidates` are the nodes that are there; of `leaving` none votes any more."""
+    """S2, S3. `candidates` are the nodes that are there; of `leaving` none votes any more. `known`
+    are the labels of voters that are silent for now."""
     staying = [kid for kid in voters if kid not in leaving]
     if len(staying) == len(voters):
         return staying
     there = [each for each in candidates if each[0] not in leaving]
-    silent = [(kid, ()) for kid in staying if all(kid != each for each, _ in there)]
+    silent = [(kid, known.get(kid, ())) for kid in staying if all(kid != each for each, _ in there)]
     pool = [*there, *silent]
     if len(pool) >= len(voters):
         count = len(voters)
@@ -58,8 +64,7 @@ def settle(
 
 def _groups(labels: Sequence[str]) -> tuple[str, ...]:
     """The value of each of `GROUPS`; "" where a node says nothing: those are taken for one."""
-    values = dict(label.partition("=")[::2] for label in labels)
-    return tuple(values.get(name, "") for name in GROUPS)
+    return tuple(labelling.value(labels, name) for name in GROUPS)
 
 
 def _crowd(mine: tuple[str, ...], taken: Sequence[tuple[str, ...]]) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from manifold.kernel import labels
 from manifold.kernel.geode.geode import Geode, Ranked, refusal
 from manifold.kernel.geode.messages import Demand
 from manifold.kernel.scheduler import blocks
@@ -62,7 +63,12 @@ def capable(geode: Geode, wanted: Demand) -> bool:
 
 
 def reasons(geode: Geode, wanted: Demand, now_ms: float) -> str:
-    """Why the hard filter refused everybody."""
+    """Why the hard filter refused everybody; of a label that nobody has, what there is instead."""
+    everybody = [node.facts for kid in geode.nodes() if (node := geode.node(kid)) is not None]
+    for wish in wanted.labels if everybody else ():
+        if not any(labels.meets(facts, wish) for facts in everybody):
+            what = f"every node has {wish[1:]}" if wish.startswith("!") else f"none has {wish}"
+            return f"{what}; {labels.others(everybody, wish)}"
     refused = geode.refusals(wanted, now_ms)
     listed = [f"{alias}: {reason}" for alias, reason in refused[:4]]
     more = len(refused) - len(listed)

@@ -464,9 +464,11 @@ class Owner(Planner):
             )
             return self.end(job, "failed", now_ms)
         if 0 <= job.starved_since_ms < now_ms - NOBODY_MS:
+            reasons = balance.reasons(self.geode, balance.demand(self.geode, job, 1), now_ms)
             job.fault = Fault(
-                "unavailable", "No node that may run this job is alive.", "`manifold node ls`."
-            )
+                "unavailable", f"No node that may run this job is alive: {reasons}.",
+                "`manifold node ls` shows which there are.",
+            )  # fmt: skip
             return self.end(job, "failed", now_ms)
         if 0 <= job.asked_ms < now_ms - ASKED_MS and not job.detach:
             return self.end(job, "cancelled", now_ms)

@@ -176,6 +176,7 @@ class Planner(ABC):
                 job.starved_since_ms = -1.0  # all are full, or stalled: it waits here
             elif job.starved_since_ms < 0:
                 job.starved_since_ms = now_ms
+                self.geode.keep(task_name(job, shard), demand, (), None, now_ms, "waits for a node")
             return []
         job.starved_since_ms = -1.0
         busy = self.peers.busy(now_ms)

@@ -15,7 +15,7 @@ import msgspec
 from manifold.kernel.config import SchedulerConfig
 from manifold.kernel.effects import Effect, Send, SetTimer
 from manifold.kernel.errors import NotFound
-from manifold.kernel.geode.geode import Geode
+from manifold.kernel.geode.geode import Geode, unmet
 from manifold.kernel.geode.routing import Action
 from manifold.kernel.process.messages import Fault, Result
 from manifold.kernel.scheduler.messages import (
@@ -94,6 +94,11 @@ class Scheduler:
                 return self._close(done, now_ms)
             case Report() | Shrunk() | Rejected() | NeedProgram():
                 return self._close(self.owner.receive(source, message, now_ms), now_ms)
+            case AssignShard() if self._misplaced(source, message):
+                retry_ms = self.owner.config.backlog_ms
+                identity = (message.job, message.shard, message.attempt)
+                refused = Rejected(*identity, retry_ms)
+                return self._close([Send(source, refused)], now_ms)
             case AssignShard() if self.geode.routes and not self.runner.holds(source, message):
                 sent_on = self._sent_on(source, message, now_ms)
                 effects = sent_on or self.runner.receive(source, message, now_ms)
@@ -102,6 +107,12 @@ class Scheduler:
                 return self._close(self.runner.receive(source, message, now_ms), now_ms)
             case _:
                 return []  # an answer to a question nobody asks any more
+
+    def _misplaced(self, owner: Kid, message: AssignShard) -> bool:
+        """Whether its owner takes us for what we are not, or are not any more: its news is old."""
+        own = self.geode.node(self.owner.me)
+        wrong = own is not None and unmet(own, message.spec.demand) != ""
+        return wrong and not self.runner.holds(owner, message)
 
     def _sent_on(self, owner: Kid, message: AssignShard, now_ms: float) -> list[Effect]:
         """Above `full_view` nodes: one greedy hop, where a link of ours finishes it sooner."""

@@ -26,6 +26,7 @@ class Node(msgspec.Struct, frozen=True, omit_defaults=True):
     started_ms: int = 0
     throttle: str = ""
     bad_messages: int = 0
+    labels: tuple[str, ...] = ()
 
 
 class Load(msgspec.Struct, frozen=True, omit_defaults=True):

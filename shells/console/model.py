@@ -94,7 +94,7 @@ class Model:
         return e.Node(
             info.kid, info.alias, info.node_class, info.state, pid, boot, info.cores,
             info.compute, info.memory_bytes, info.gpu, info.alive, started_ms, info.throttle,
-            info.bad_messages,
+            info.bad_messages, info.labels,
         )  # fmt: skip
 
     def _jobs(self, jobs: Sequence[JobStatus], now_ms: int, whole: bool) -> Iterable[e.Event]:

@@ -147,6 +147,8 @@ def node_page(model: Model, kid: str, now_ms: int, width: int) -> list[Line]:
         _fact("process", f"{node.pid}, boot {node.boot}, {plural(load.workers, 'worker')}"),
         _fact("up", age(now_ms - node.started_ms) if node.started_ms else "unknown"),
     ]  # fmt: skip
+    if node.labels:
+        lines.append(_fact("labels", "  ".join(node.labels)))
     if node.gpu:
         lines.append(_fact("gpu", "yes"))
     if node.bad_messages:

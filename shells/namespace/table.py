@@ -54,10 +54,11 @@ def _node_entries(source: Source) -> list[Entry]:
 
 
 def _node_line(node: m.NodeInfo) -> str:
+    what = ", ".join((node.state, node.node_class, *node.labels))
     if node.load is None:
-        return f"{node.state}, {node.node_class}"
+        return what
     busy = node.load.slots - node.load.free_slots
-    return f"{node.state}, {node.node_class}, {busy} of {node.load.slots} slots busy"
+    return f"{what}, {busy} of {node.load.slots} slots busy"
 
 
 def _node_there(source: Source, alias: str) -> Sequence[str]:
@@ -94,6 +95,7 @@ NODES = (
     Row("/nodes/ALIAS/state", "as the others see it: ready, suspect, dead or left", "file",
         read=lambda source, names: source.seen(names[0]).state),
     _node_file("class", "its class in the configuration", lambda node: node.node_class),
+    _node_file("labels", "its labels, one a line", lambda node: list(node.labels)),
     _node_file("id", "its KID: the hash of its public key", lambda node: node.kid),
     _node_file("pid", "its process", lambda node: node.pid),
     _node_file("boot", "how often it has started", lambda node: node.boot),

@@ -37,6 +37,7 @@ def node_dict(node: m.NodeInfo) -> dict[str, Any]:
     found["id"] = found.pop("kid")
     found["class"] = found.pop("node_class")
     found["pid"] = node.pid or None
+    found["labels"] = list(node.labels)
     if node.load is not None:
         found["load"] = {name: getattr(node.load, name) for name in node.load.__struct_fields__}
     return found
@@ -167,7 +168,7 @@ TABLES: dict[str, Table] = {
     "nodes": Table(
         ("alias", "id", "class", "state", "pid", "boot", "address", "cores", "compute",
          "memory_bytes", "gpu", "alive", "uptime_ms", "throttle", "workers",
-         *(f"load.{name}" for name in LOAD), "bad_messages"),
+         "labels", *(f"load.{name}" for name in LOAD), "bad_messages"),
         _nodes,
     ),
     "jobs": Table(
@@ -182,7 +183,9 @@ TABLES: dict[str, Table] = {
     ),
     "globals": Table(("name", "value", "type", "version", "strength"), _globals),
     "voters": Table(
-        ("alias", "id", "state", "votes", "keys", "epoch", "stopped", "note"), _voters
+        ("alias", "id", "state", "votes", "keys", "epoch", "stopped", "note",
+         "groups.site", "groups.rack", "groups.org"),
+        _voters,
     ),
     "log": Table(("node", "line"), _log),
 }  # fmt: skip

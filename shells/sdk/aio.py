@@ -18,6 +18,7 @@ from manifold.kernel.scheduler.messages import Reduction
 from manifold.shells.sdk.client import Client, Number
 from manifold.shells.sdk.future import Future
 from manifold.shells.sdk.mapping import Joined, map_futures, reduce_futures
+from manifold.shells.sdk.placing import Where
 
 if TYPE_CHECKING:
     from manifold.shells.sdk.globals_aio import AsyncGlobals
@@ -68,6 +69,9 @@ class AsyncClient:
     def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future:
         return self.client.submit(function, *args, **kwargs)
 
+    def submit_where(self, where: Where, function: Any, /, *args: Any, **kwargs: Any) -> Future:
+        return self.client.submit_where(where, function, *args, **kwargs)
+
     def job(self, program: Source, lo: int, hi: int, **options: Any) -> Future:
         return self.client.job(program, lo, hi, **options)
 
@@ -79,10 +83,11 @@ class AsyncClient:
         *,
         reduce: Reduction = "collect",
         arguments: Sequence[Number] = (),
+        where: Where = (),
         timeout_s: float | None = None,
     ) -> Any:
         return await self.client.job(
-            program, lo, hi, reduce=reduce, arguments=arguments,
+            program, lo, hi, reduce=reduce, arguments=arguments, where=where,
             timeout_ms=(timeout_s or 0.0) * 1000,
         )  # fmt: skip
 
@@ -91,9 +96,10 @@ class AsyncClient:
         function: Any,
         *iterables: Iterable[Any],
         chunksize: int = 0,
+        where: Where = (),
         timeout_s: float | None = None,
     ) -> list[Any]:
-        prepare = functools.partial(map_futures, self.client, function, iterables, chunksize)
+        prepare = functools.partial(map_futures, self.client, function, iterables, chunksize, where)
         futures, join = await _begun(prepare)
         found: list[Any] = join(await _all(futures, timeout_s))
         return found
@@ -104,9 +110,10 @@ class AsyncClient:
         items: Iterable[Any],
         *,
         chunksize: int = 0,
+        where: Where = (),
         timeout_s: float | None = None,
     ) -> Any:
-        prepare = functools.partial(reduce_futures, self.client, function, items, chunksize)
+        prepare = functools.partial(reduce_futures, self.client, function, items, chunksize, where)
         futures, join = await _begun(prepare)
         found: list[Any] = join(await _all(futures, timeout_s))
         return found

@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import wait
 from functools import partial
@@ -42,6 +42,7 @@ from manifold.shells.sdk import tracing
 from manifold.shells.sdk.connection import REQUEST_TIMEOUT_MS, Connection
 from manifold.shells.sdk.future import Future, cancel_here, error_of, settle
 from manifold.shells.sdk.jobs import Awaited, Job, Jobs
+from manifold.shells.sdk.placing import Where, demand_of, wishes_of
 from manifold.shells.sdk.progress import PROGRESS_S, Shown, is_program, shown
 from manifold.vm.kid import Kid
 from manifold.vm.runtime.results import Partial, finish
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from manifold.vm.syntax import Program
 
 TASKS_PER_BATCH_MAX = 4096
+QUEUES_MAX = 16  # of calls, for as many kinds of wishes in use at a time
 
 Number = int | float
 
@@ -77,9 +79,11 @@ class Client:
     ) -> None:
         self.environ = os.environ if environ is None else environ
         self.cluster = cluster or self.environ.get("MANIFOLD_CLUSTER", "") or "default"
-        self._pending: deque[tuple[Program, int, tuple[Number, ...], Future]] = deque()
+        self._pending: deque[tuple[Program, int, tuple[Number, ...], tuple[str, ...], Future]] = (
+            deque()
+        )
         self._pending_lock = threading.Lock()
-        self._calls: Calls | None = None
+        self._calls: OrderedDict[tuple[str, ...], Calls] = OrderedDict()  # by what they wish for
         self._queues: weakref.WeakSet[Calls] = weakref.WeakSet()
         self._folder: Path | None = None
         self._calls_of_globals: GlobalsCalls | None = None
@@ -145,20 +149,22 @@ class Client:
         arguments: Sequence[Number] = (),
         timeout_ms: float = 0.0,
         demand: Demand | None = None,
+        where: Where = (),
         name: str = "",
         job: str = "",
         detach: bool = False,
     ) -> Future:
         """Start `program` over the half-open range `[lo, hi)`; returns at once.
 
-        `arguments` go to the cells after the index. `job` resubmits under an id of yours. What is
-        `detach`ed goes on when this client has left.
+        `arguments` go to the cells after the index. It runs only on nodes that have the labels of
+        `where`. `job` resubmits under an id of yours. What is `detach`ed goes on when this client
+        has left.
         """
         loaded = _program_of(program)
         spec = JobSpec(
             loaded.kid, lo, hi, reduce, tuple(arguments), False, (), timeout_ms,
             name or (str(program)[:100] if isinstance(program, str | Path) else ""),
-            demand or Demand(), effects=loaded.written,
+            demand_of(demand, where), effects=loaded.written,
         )  # fmt: skip
         future = Future("", self)
         entry = Job(spec, loaded.ir, _Whole(spec, future), job=job, detach=detach)
@@ -175,6 +181,7 @@ class Client:
         *,
         reduce: Reduction = "collect",
         arguments: Sequence[Number] = (),
+        where: Where = (),
         timeout_s: float | None = None,
         progress: Shown = None,
     ) -> Any:
@@ -186,7 +193,7 @@ class Client:
         """
         timeout_ms = (timeout_s or 0.0) * 1000
         future = self.job(
-            program, lo, hi, reduce=reduce, arguments=arguments, timeout_ms=timeout_ms
+            program, lo, hi, reduce=reduce, arguments=arguments, where=where, timeout_ms=timeout_ms
         )
         return self.wait(future, progress)
 
@@ -219,24 +226,33 @@ class Client:
         initializer: Callable[..., Any] | None = None,
         initargs: Sequence[Any] = (),
         demand: Demand | None = None,
+        where: Where = (),
     ) -> Calls:
         """A queue of calls with task processes of its own: what is beneath `Executor`."""
         from manifold.shells.sdk.calls import Calls
 
         calls = Calls(
-            self, workers=workers, initializer=initializer, initargs=initargs, demand=demand
-        )
+            self, workers=workers, initializer=initializer, initargs=initargs,
+            demand=demand_of(demand, where),
+        )  # fmt: skip
         self._queues.add(calls)
         return calls
 
-    def own_calls(self) -> Calls:
+    def own_calls(self, where: Where = ()) -> Calls:
         """Those of `submit`, `map` and `reduce`: their futures can be cancelled while they run."""
         from manifold.shells.sdk.calls import Calls
 
-        if self._calls is None:
-            self._calls = Calls(self, lenient=True)
-            self._queues.add(self._calls)
-        return self._calls
+        wishes = wishes_of(where)
+        with self._pending_lock:
+            calls = self._calls.get(wishes)
+            if calls is None:
+                calls = Calls(self, lenient=True, demand=demand_of(None, wishes))
+                self._calls[wishes] = calls
+                self._queues.add(calls)
+                if len(self._calls) > QUEUES_MAX:  # what it has is done all the same
+                    self._calls.popitem(last=False)
+            self._calls.move_to_end(wishes)
+        return calls
 
     def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future:
         """Call `function` somewhere on the cluster: a Python function, or a program for one index.
@@ -244,14 +260,21 @@ class Client:
         Many at once travel together, each with its own result or exception.
         """
         if is_program(function):
-            return self._submit_index(function, *args, **kwargs)
+            return self._submit_index((), function, *args, **kwargs)
         return self.own_calls().submit(function, args, kwargs)
+
+    def submit_where(self, where: Where, function: Any, /, *args: Any, **kwargs: Any) -> Future:
+        """`submit`, on a node that has the labels of `where`, such as `["site=lab", "!ssd"]`."""
+        if is_program(function):
+            return self._submit_index(wishes_of(where), function, *args, **kwargs)
+        return self.own_calls(where).submit(function, args, kwargs)
 
     def map(
         self,
         function: Any,
         *iterables: Iterable[Any],
         chunksize: int = 0,
+        where: Where = (),
         timeout_s: float | None = None,
         progress: Shown = None,
     ) -> list[Any]:
@@ -262,7 +285,9 @@ class Client:
         """
         from manifold.shells.sdk.mapping import gathered, map_futures
 
-        found = gathered(map_futures(self, function, iterables, chunksize), timeout_s, progress)
+        found = gathered(
+            map_futures(self, function, iterables, chunksize, where), timeout_s, progress
+        )
         assert isinstance(found, list)
         return found
 
@@ -272,22 +297,27 @@ class Client:
         items: Iterable[Any],
         *,
         chunksize: int = 0,
+        where: Where = (),
         timeout_s: float | None = None,
         progress: Shown = None,
     ) -> Any:
         """`functools.reduce` in parallel: `function` has to be associative, `items` not empty."""
         from manifold.shells.sdk.mapping import gathered, reduce_futures
 
-        return gathered(reduce_futures(self, function, items, chunksize), timeout_s, progress)
+        return gathered(
+            reduce_futures(self, function, items, chunksize, where), timeout_s, progress
+        )
 
     # -- programs for single indices ----------------------------------------------------------
 
-    def _submit_index(self, program: Source, index: int, *arguments: Number) -> Future:
+    def _submit_index(
+        self, wishes: tuple[str, ...], program: Source, index: int, *arguments: Number
+    ) -> Future:
         loaded = _program_of(program)
         future = Future("", self)
         with self._pending_lock:
             first = not self._pending
-            self._pending.append((loaded, index, arguments, future))
+            self._pending.append((loaded, index, arguments, wishes, future))
         if first:
             self.connection.loop.call_soon_threadsafe(self._flush_tasks)
         return future
@@ -295,25 +325,29 @@ class Client:
     def _flush_tasks(self) -> None:
         with self._pending_lock:
             pending, self._pending = self._pending, deque()
-        groups: dict[tuple[Kid, tuple[Number, ...]], list[tuple[int, Future]]] = {}
+        groups: dict[tuple[Kid, tuple[Number, ...], tuple[str, ...]], list[tuple[int, Future]]] = {}
         programs: dict[Kid, Program] = {}
-        for program, index, arguments, future in pending:
+        for program, index, arguments, wishes, future in pending:
             programs[program.kid] = program
-            groups.setdefault((program.kid, arguments), []).append((index, future))
+            groups.setdefault((program.kid, arguments, wishes), []).append((index, future))
         assert TASKS_PER_BATCH_MAX <= INDICES_EXPLICIT_MAX
-        for (kid, arguments), tasks in groups.items():
+        for (kid, arguments, wishes), tasks in groups.items():
             for at in range(0, len(tasks), TASKS_PER_BATCH_MAX):
                 batch = tasks[at : at + TASKS_PER_BATCH_MAX]
-                self._start_batch(programs[kid], arguments, batch)
+                self._start_batch(programs[kid], arguments, wishes, batch)
 
     def _start_batch(
-        self, program: Program, arguments: tuple[Number, ...], batch: list[tuple[int, Future]]
+        self,
+        program: Program,
+        arguments: tuple[Number, ...],
+        wishes: tuple[str, ...],
+        batch: list[tuple[int, Future]],
     ) -> None:
         indices = tuple(index for index, _ in batch)
         futures = [future for _, future in batch]
         spec = JobSpec(
             program.kid, 0, len(batch), "collect", arguments, True, indices, 0.0, "tasks",
-            effects=program.written,
+            demand_of(None, wishes), effects=program.written,
         )  # fmt: skip
         tasks = _Tasks(indices, futures)
         job = Job(spec, program.ir, tasks)
@@ -355,6 +389,7 @@ class Client:
         environ: Mapping[str, str] | None = None,
         timeout_ms: float = 0.0,
         demand: Demand | None = None,
+        where: Where = (),
         detach: bool = False,
     ) -> Future:
         """Run a WASI preview 1 program once; the result has `status`, `stdout` and `stderr`."""
@@ -364,7 +399,7 @@ class Client:
         future = Future("", self)
         entry = command_job(
             program, (program.name, *arguments), future, stdin=stdin, environ=environ,
-            timeout_ms=timeout_ms, demand=demand, detach=detach,
+            timeout_ms=timeout_ms, demand=demand_of(demand, where), detach=detach,
         )  # fmt: skip
         future.job = entry.job
         future.on_cancel = partial(self.jobs_of.kill, entry.job)

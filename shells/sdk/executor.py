@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, ParamSpec, TypeVar, ca
 from manifold.kernel.errors import Unavailable
 from manifold.kernel.tasks.parcel import dumps
 from manifold.shells.sdk.future import RemoteError, RemoteTraceback, settle
+from manifold.shells.sdk.placing import Where
 
 if TYPE_CHECKING:
     from manifold.shells.sdk.calls import Calls
@@ -189,7 +190,8 @@ class Executor(concurrent.futures.Executor):
 
     `max_workers` calls run at a time, by default as many as the cluster has slots. `client` is a
     connection to use instead of one of its own; `up` starts a cluster of so many nodes, and takes
-    it down at the end. `initializer(*initargs)` is called once in each process before its first
+    it down at the end. Calls run only on nodes that have the labels of `where`, such as
+    `"site=lab"`. `initializer(*initargs)` is called once in each process before its first
     call; where it fails the executor is broken.
 
     >>> with manifold.Executor() as executor:
@@ -206,6 +208,7 @@ class Executor(concurrent.futures.Executor):
         up: int = 0,
         initializer: Callable[..., object] | None = None,
         initargs: tuple[Any, ...] = (),
+        where: Where = (),
     ) -> None:
         if max_workers is not None and max_workers <= 0:
             raise ValueError("max_workers must be greater than 0")
@@ -220,7 +223,7 @@ class Executor(concurrent.futures.Executor):
             client = own = connect(cluster, up=up)
         try:
             calls = client.calls(
-                workers=max_workers or 0, initializer=initializer, initargs=initargs
+                workers=max_workers or 0, initializer=initializer, initargs=initargs, where=where
             )
             self._max_workers = calls.workers
         except BaseException:

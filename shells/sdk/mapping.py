@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_EXCEPTION, wait
 from typing import TYPE_CHECKING, Any
 
 from manifold.shells.sdk.future import Future, Progress
+from manifold.shells.sdk.placing import Where
 from manifold.shells.sdk.progress import PROGRESS_S, Shown, is_program, remaining_s, shown
 
 if TYPE_CHECKING:
@@ -59,7 +60,11 @@ Joined = tuple[list[Future], Callable[[list[Any]], Any]]  # futures, and what th
 
 
 def map_futures(
-    client: Client, function: Any, iterables: tuple[Iterable[Any], ...], chunksize: int
+    client: Client,
+    function: Any,
+    iterables: tuple[Iterable[Any], ...],
+    chunksize: int,
+    where: Where = (),
 ) -> Joined:
     """Everything a `map` waits for."""
     if not iterables:
@@ -73,10 +78,10 @@ def map_futures(
     else:
         items = list(zip(*iterables, strict=False))
     if is_program(function):
-        return _program_futures(client, function, items, len(iterables))
+        return _program_futures(client, function, items, len(iterables), where)
     if not items:
         return [], _flat
-    calls = client.own_calls()
+    calls = client.own_calls(where)
     chunk = calls.code(ChunkOfOne(function) if len(iterables) == 1 else Chunk(function))
     parts = chunks(items, chunksize, calls.workers)
     return [calls.submit(chunk, (part,), {}) for part in parts], _flat
@@ -86,21 +91,27 @@ def _flat(parts: list[Any]) -> list[Any]:
     return [value for part in parts for value in part]
 
 
-def _program_futures(client: Client, program: Any, items: Sequence[Any], width: int) -> Joined:
+def _program_futures(
+    client: Client, program: Any, items: Sequence[Any], width: int, where: Where
+) -> Joined:
     if isinstance(items, range) and items.step == 1 and items:
-        return [client.job(program, items.start, items.stop)], _flat
+        return [client.job(program, items.start, items.stop, where=where)], _flat
     rows = items if width > 1 else [(item,) for item in items]
-    return [client.submit(program, *row) for row in rows], list
+    return [client.submit_where(where, program, *row) for row in rows], list
 
 
 def reduce_futures(
-    client: Client, function: Callable[[Any, Any], Any], items: Iterable[Any], chunksize: int
+    client: Client,
+    function: Callable[[Any, Any], Any],
+    items: Iterable[Any],
+    chunksize: int,
+    where: Where = (),
 ) -> Joined:
     """Everything a `reduce` waits for."""
     listed = items if isinstance(items, (list, tuple, range)) else list(items)
     if not listed:
         raise TypeError("reduce() of an empty sequence")
-    calls = client.own_calls()
+    calls = client.own_calls(where)
     reduction = calls.code(Reduced(function))
     parts = chunks(listed, chunksize, calls.workers)
     futures = [calls.submit(reduction, (part,), {}) for part in parts]

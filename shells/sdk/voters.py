@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from manifold.kernel import labels as labelling
 from manifold.kernel import messages as m
 from manifold.kernel.errors import NotFound
 from manifold.kernel.nexus.messages import GetNexus, NexusInfo
@@ -47,9 +48,37 @@ class Voters:
 
     def majority(self) -> bool:
         """Whether as many answered as every agreement needs."""
-        sets = [kids for kids in (self.info.old, self.info.voters) if kids]
-        answers = {kid for kid, each in self.told.items() if each.votes and not each.stopped}
-        return bool(sets) and all(2 * len(answers & set(kids)) > len(kids) for kids in sets)
+        return self._quorum(self._answering)
+
+    def groups(self, kid: str) -> dict[str, str]:
+        """What the node says of what fails together with it: its site, its rack, who owns it."""
+        node = self.nodes.get(kid)
+        told = node.labels if node is not None else ()
+        found = {key: labelling.value(told, key) for key in labelling.GROUPS}
+        return {key: value for key, value in found.items() if value}
+
+    def at_risk(self) -> list[dict[str, Any]]:
+        """The groups without which no majority of those that answer now would be left: `group`,
+        such as `site=a`, and the aliases of its `voters`. A rack is one of its site."""
+        if not self.majority():
+            return []
+        found: dict[str, list[str]] = {}
+        for kid in self.all:
+            for name in _groups(self.groups(kid)):
+                found.setdefault(name, []).append(kid)
+        return [
+            {"group": name, "voters": sorted(map(self.name, kids))}
+            for name, kids in found.items()
+            if not self._quorum(self._answering - set(kids))
+        ]
+
+    @property
+    def _answering(self) -> set[str]:
+        return {kid for kid, each in self.told.items() if each.votes and not each.stopped}
+
+    def _quorum(self, kids: set[str]) -> bool:
+        sets = [each for each in (self.info.old, self.info.voters) if each]
+        return bool(sets) and all(2 * len(kids & set(each)) > len(each) for each in sets)
 
     def find(self, name: str) -> Kid:
         """A node by alias, by KID, or by the beginning of one."""
@@ -61,6 +90,14 @@ class Voters:
         if len(near) != 1:
             raise NotFound(f"There is no node {name!r}.", "`manifold node ls` lists them.")
         return Kid(near[0])
+
+
+def _groups(told: dict[str, str]) -> list[str]:
+    """`site=a`, `site=a rack=r1`, `org=x`: a rack of the same name elsewhere is another one."""
+    found = {key: f"{key}={value}" for key, value in told.items()}
+    if "rack" in found and "site" in found:
+        found["rack"] = f"{found['site']} {found['rack']}"
+    return list(found.values())
 
 
 async def looked(client: Any) -> Voters:
@@ -99,6 +136,7 @@ def summary(found: Voters) -> dict[str, Any]:
         "epoch": info.count,
         "majority": found.majority(),
         "changing": {"from": sorted(map(found.name, info.old))} if info.old else None,
+        "at_risk": found.at_risk(),
     }
 
 
@@ -118,6 +156,7 @@ def _row(found: Voters, kid: str) -> dict[str, Any]:
         "epoch": told.count if told is not None else None,
         "stopped": told.why or "its disk refused a record" if told and told.stopped else "",
         "note": _note(found, kid, told),
+        "groups": found.groups(kid),
     }
 
 

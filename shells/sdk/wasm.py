@@ -18,6 +18,7 @@ from manifold.kernel.scheduler.messages import JobSpec, JobStatus, Reduction
 from manifold.kernel.tasks.messages import STDIN_BYTES_MAX, CommandLine, CommandOutput, Parcel
 from manifold.shells.sdk.future import Future, cancel_here, error_of, settle
 from manifold.shells.sdk.jobs import Awaited, Job
+from manifold.shells.sdk.placing import Where, demand_of
 from manifold.shells.sdk.programs import name_of
 from manifold.vm.foreign import PROGRAM_BYTES_MAX, Foreign, load
 
@@ -59,6 +60,7 @@ def module_spec(
     arguments: Sequence[int | float] = (),
     timeout_ms: float = 0.0,
     demand: Demand | None = None,
+    where: Where = (),
     name: str = "",
 ) -> JobSpec:
     """An exported function over a range of indices; refused here where a node would."""
@@ -67,7 +69,7 @@ def module_spec(
     check_arguments(module.name, module.entry(entry), arguments)
     return JobSpec(
         module.kid, lo, hi, reduce, tuple(arguments), False, (), timeout_ms, name or module.name,
-        demand or Demand(), "wasm", False, entry,
+        demand_of(demand, where), "wasm", False, entry,
     )  # fmt: skip
 
 

@@ -6,7 +6,9 @@ import json
 
 import click
 
+from manifold.kernel import labels
 from manifold.kernel import messages as m
+from manifold.kernel.errors import ConfigError
 from manifold.shells.escapes import visible_text
 from manifold.shells.namespace.tables import node_dict
 from manifold.shells.verbs import completing
@@ -71,16 +73,19 @@ def node_ls(context: click.Context, as_json: bool) -> None:
     if as_json:
         print_json([node_dict(each) for each in nodes])
         return
+    # Columns that are only wide where there is nothing in them.
+    labels = ["labels"] if any(node.labels for node in nodes) else []
     lines = ["line"] if any(node.line for node in nodes) else []
     print_table(
         ["alias", "id", "class", "state", "pid", "slots", "busy", "core", "memory", "sees", "up",
-         *lines],
+         *labels, *lines],
         [
             (
                 n.alias, n.kid[:10], n.node_class, n.state, n.pid or None, n.cores,
                 n.load.slots - n.load.free_slots if n.load else None, n.compute,
                 human_bytes(n.memory_bytes), n.alive or None,
-                human_ms(n.uptime_ms) if n.pid else None, *([n.line or None] if lines else []),
+                human_ms(n.uptime_ms) if n.pid else None,
+                *([",".join(n.labels)] if labels else []), *([n.line or None] if lines else []),
             )
             for n in nodes
         ],
@@ -106,3 +111,28 @@ def node_inspect(context: click.Context, alias: str, as_json: bool) -> None:
         click.echo(f"{name}:")
         for inner, each in value.items():
             click.echo(visible_text(f"  {inner + ':':18}{each}"))
+
+
+@click.command("label")
+@click.argument("alias", shell_complete=completing.aliases)
+@click.argument("changes", nargs=-1, metavar="[KEY=VALUE | KEY | KEY-]…")
+@json_option
+@click.pass_context
+def node_label(context: click.Context, alias: str, changes: tuple[str, ...], as_json: bool) -> None:
+    """Give a running node labels, or take them away (KEY-); without any, print what it has.
+
+    It keeps them when it starts again. What runs or waits there goes on.
+    """
+    taken = [each for each in changes if each.endswith("-") and "=" not in each]
+    given = [each for each in changes if each not in taken]
+    try:
+        keys = [labels.check(each[:-1]) for each in taken]
+        wish = m.SetLabels(labels.read(given), tuple(dict.fromkeys(keys))[: labels.LABELS_MAX])
+    except ConfigError as refusal:
+        raise click.BadParameter(str(refusal)) from None
+    with connect(context) as client:
+        info = client.ask(wish if changes else m.GetNode(), alias)
+    if as_json:
+        print_json({"alias": info.alias, "labels": list(info.labels)})
+    else:
+        click.echo(visible_text(f"{info.alias}: {', '.join(info.labels) or 'no labels'}"))

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import click
 
-from manifold.kernel.errors import NoCluster
+from manifold.kernel import labels
+from manifold.kernel.errors import ConfigError, NoCluster
 from manifold.shells.escapes import visible, visible_json, visible_text
 from manifold.shells.sdk.progress import ProgressBar as ProgressBar
 from manifold.shells.sdk.progress import human_ms as human_ms
@@ -24,6 +25,22 @@ F = TypeVar("F", bound=Callable[..., Any])
 CLUSTER_LINE = re.compile(r"^cluster:[ ]+([a-z0-9][a-z0-9-]{0,31})[ ]*(?:#.*)?$", re.MULTILINE)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def read_labels(
+    context: click.Context, parameter: click.Parameter, given: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Labels as a node has them, or a refusal that names the option."""
+    try:
+        return labels.read(given)
+    except ConfigError as refusal:
+        raise click.BadParameter(str(refusal), context, parameter) from None
+
+
+label_option = click.option(
+    "--label", "labels", multiple=True, metavar="KEY[=VALUE]", callback=read_labels,
+    help="Beside the labels of its class, or in their place; may be given again.",
+)  # fmt: skip
 
 
 class Finite(click.FloatRange):

@@ -65,13 +65,23 @@ def status(context: click.Context, as_json: bool) -> None:
     if found.info.old:
         change = f"{found.names(found.info.old)} -> {found.names(found.info.voters)}"
         click.secho(f"a change is under way: {change}", fg="yellow")
+    for risk in found.at_risk():
+        click.secho(
+            f"losing {risk['group']} would lose the majority: {', '.join(risk['voters'])}",
+            fg="yellow",
+        )
+    grouped = any(row["groups"] for row in rows)
     print_table(
-        ["voter", "id", "state", "keys", "epoch", "note"],
+        ["voter", "id", "state", *(["groups"] if grouped else []), "keys", "epoch", "note"],
         [
-            (row["alias"], row["id"][:10], row["state"], row["keys"], row["epoch"], row["note"])
+            (
+                row["alias"], row["id"][:10], row["state"],
+                *([",".join(f"{k}={v}" for k, v in row["groups"].items())] if grouped else []),
+                row["keys"], row["epoch"], row["note"],
+            )
             for row in rows
         ],
-    )
+    )  # fmt: skip
 
 
 def _count(voters: int) -> str:

@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from manifold.kernel.errors import ManifoldError
 from manifold.kernel.geode.messages import Demand
 from manifold.shells.escapes import visible_text
+from manifold.shells.sdk.placing import demand_of
 from manifold.shells.sdk.progress import QUEUED, is_queued
 from manifold.shells.verbs import completing
 from manifold.shells.verbs.common import (
@@ -103,7 +104,7 @@ RUNNERS = {
     ".py": Runner("manifold.shells.verbs.script:run_script", ("start",)),
     ".wasm": Runner(
         "manifold.shells.verbs.wasm:run_command",
-        ("start", "node_class", "on_node", "gpu", "timeout", "detach", "as_json"),
+        ("start", "node_class", "on_node", "gpu", "where", "timeout", "detach", "as_json"),
         "manifold.shells.verbs.wasm:is_command",
     ),
 }
@@ -198,6 +199,10 @@ class RunCommand(click.Command):
     shell_complete=completing.aliases,
 )  # fmt: skip
 @click.option("--gpu", is_flag=True, help="Only on nodes with a GPU.")
+@click.option(
+    "--where", multiple=True, metavar="LABEL",
+    help="Only on nodes with this label: site=a, ssd, '!ssd'; may be given again.",
+)  # fmt: skip
 @click.option("--why", "explain", is_flag=True, help="Then say how each shard was placed.")
 @click.option("--detach", is_flag=True, help="Print the job's id and do not wait.")
 @click.option("--up", "start", is_flag=True, help="Start a cluster first where none runs.")
@@ -214,6 +219,7 @@ def run(
     node_class: str,
     on_node: str,
     gpu: bool,
+    where: tuple[str, ...],
     explain: bool,
     detach: bool,
     start: bool,
@@ -231,7 +237,7 @@ def run(
         return int(_named(runner.target)(context, file, context.meta[PASSED]))
     from manifold.shells.sdk.programs import name_of
 
-    demand = Demand(node_class=node_class, node=on_node, needs_gpu=gpu)
+    demand = demand_of(Demand(node_class=node_class, node=on_node, needs_gpu=gpu), where)
     options: dict[str, Any] = {
         "reduce": how, "arguments": arguments, "timeout_ms": timeout * 1000, "demand": demand,
         "name": name_of(file), "detach": detach,

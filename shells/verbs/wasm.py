@@ -17,6 +17,7 @@ import click
 from manifold.kernel.errors import ManifoldError
 from manifold.kernel.geode.messages import Demand
 from manifold.kernel.tasks.messages import STDIN_BYTES_MAX
+from manifold.shells.sdk.placing import demand_of
 from manifold.shells.sdk.wasm import Finished, foreign_of
 from manifold.shells.verbs.common import attached, print_json
 
@@ -31,9 +32,10 @@ def is_command(file: str) -> bool:
 def run_command(context: click.Context, file: str, arguments: Sequence[str]) -> int:
     """Run FILE on some node; its exit status."""
     options = context.params
-    demand = Demand(
+    asked = Demand(
         node_class=options["node_class"], node=options["on_node"], needs_gpu=options["gpu"]
     )
+    demand = demand_of(asked, options["where"])
     with attached(context, options["start"]) as client:
         future = client.command(
             file, arguments, stdin=_stdin(), timeout_ms=options["timeout"] * 1000,

@@ -44,6 +44,8 @@ def test_the_wheel_holds_every_module_the_configuration_and_the_examples(wheel: 
         for path in (ROOT / folder).rglob("*.py"):
             assert f"manifold/{path.relative_to(ROOT)}" in names
     assert {"manifold/manifold.yaml", "manifold/py.typed"} <= names
+    for path in (ROOT / "profiles").iterdir():
+        assert f"manifold/profiles/{path.name}" in names
     for name in ("page.html", "page.js", "page.css", "icon.svg"):
         assert f"manifold/shells/web/{name}" in names
     for path in (ROOT / "examples").glob("*.*"):

@@ -373,6 +373,23 @@ def test_an_agent_joins_computes_and_leaves(place: Place) -> None:
     assert list(aliases(place).values()).count("ready") == 2
 
 
+def test_an_agent_has_the_labels_it_is_given(place: Place) -> None:
+    place.up("--nodes", "2")
+    labels = ("--label", "site=roof", "--label", "cam")
+    with foreground(place.environment, "agent", "--alias", "guest-01", *labels) as agent:
+        expect(agent, "node guest-01")
+        until(lambda: aliases(place).get("guest-01") == "ready", "it has joined")
+        run = ("run", str(COLLATZ), "--range", "1:1000", "--reduce", "max", "--why", "--json")
+        done = manifold(place.environment, *run, "--where", "site=roof")
+        assert done.returncode == 0, done.stdout
+        winners = {each["winner"] for each in json.loads(done.stdout)["why"]}
+        assert winners == {kid_of(place, "guest-01")}
+        said = manifold(place.environment, "node", "label", "guest-01", "cam-", "ups")
+        assert said.stdout == "guest-01: site=roof, ups\n"
+        os.killpg(agent.pid, signal.SIGINT)
+        expect(agent, "node guest-01 has left")
+
+
 def kid_of(place: Place, alias: str) -> str:
     with Client(place.name, environ=place.environment) as client:
         return {node.alias: str(node.kid) for node in client.nodes()}[alias]

@@ -12,6 +12,8 @@ import msgspec
 import pytest
 
 from manifold.kernel.effects import Effect, Notify, Send
+from manifold.kernel.geode import geode
+from manifold.kernel.scheduler import protocol
 from manifold.kernel.scheduler.ledger import Job, Shard
 from manifold.kernel.scheduler.messages import (
     AbortRun,
@@ -364,6 +366,27 @@ def caught(core: type[Observed], seeds: int, faults: str) -> str:
 )
 def test_a_planted_bug_is_caught(part: type[Owner] | type[Runner], faults: str) -> None:
     assert caught(core_with(part), 60, HARD[faults])
+
+
+def asks_nobody_for_labels(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(geode, "unmet", lambda node, demand: "")
+    patch.setattr(protocol, "unmet", lambda node, demand: "")
+
+
+def believes_what_its_owner_knows_of_its_labels(patch: pytest.MonkeyPatch) -> None:
+    """A node that has other labels since it started again runs what went to the former ones."""
+    patch.setattr(protocol, "unmet", lambda node, demand: "")
+
+
+@pytest.mark.parametrize(
+    ("plant", "faults"),
+    [(asks_nobody_for_labels, "none"), (believes_what_its_owner_knows_of_its_labels, "crashes")],
+)
+def test_a_shard_on_a_node_without_its_label_is_caught(
+    plant: Callable[[pytest.MonkeyPatch], None], faults: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    assert "runs what wants" in caught(Observed, 60, HARD[faults])
 
 
 def test_an_owner_that_takes_its_own_sleep_for_their_silence_is_caught() -> None:

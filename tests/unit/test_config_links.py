@@ -50,6 +50,26 @@ links:
     assert decode(encode(config)) == config
 
 
+def test_a_side_may_be_a_label_that_a_class_has(write: Write) -> None:
+    text = """\
+classes:
+  pi: {{count: 4, labels: {{site: [a, b], ssd}}}}
+links:
+  rules:
+    - {{between: [{}, site=b], latency: 10ms}}
+"""
+    assert load(write(text.format("site=a")), {}).links.rules == (
+        LinkRow("site=a site=b", latency_ms=10),
+    )
+    for wrong, why in {
+        "site=c": r"cluster\.yaml:5:7: links\.rules\.0 names 'site=c', a label that no class has\. "
+        r"Did you mean site=",
+        "ssd": r"names 'ssd', which is no node, no class and not `\*`",
+    }.items():
+        with pytest.raises(ConfigError, match=why):
+            load(write(text.format(wrong)), {})
+
+
 @pytest.mark.parametrize("text", ["links:\n", "links:\n  rules:\n", "links:\n  rules: []\n"])
 def test_no_rules_are_fine(text: str, write: Write) -> None:
     assert load(write(text), {}).links == LinksConfig()

@@ -499,3 +499,32 @@ def test_a_refusal_names_the_first_constraint_that_is_missed() -> None:
     assert refusal(node, Demand(cores=2)) == "1 cores, 2 needed"
     assert refusal(node, Demand(labels=("ssd",))) == "lacks the label ssd"
     assert refusal(node, Demand()) is None
+
+
+@pytest.mark.parametrize(
+    ("wish", "reason"),
+    [
+        ("site=a", None), ("site", None), ("!site=b", None), ("!ssd", None), ("cam", None),
+        ("arch=aarch64", None), ("gpu", None), ("class=1", None),
+        ("site=b", "has site=a, not site=b"), ("rack=r1", "lacks the label rack=r1"),
+        ("!site", "has the label site"), ("!cam", "has the label cam"),
+        ("cam=front", "lacks the label cam=front"), ("class=2", "has class=1, not class=2"),
+        ("!gpu", "has the label gpu"),
+    ],
+)  # fmt: skip
+def test_a_wish_is_met_by_labels_and_by_what_a_node_is(wish: str, reason: str | None) -> None:
+    geode = cluster(Static(arch="aarch64", gpu=True, labels=("cam", "site=a")))
+    node = geode.node(kid(0))
+    assert node is not None and node.node_class == "1"
+    assert refusal(node, Demand(labels=(wish,))) == reason
+    assert refusal(node, Demand(labels=("cam", wish))) == reason
+    assert (geode.choose(Demand(labels=(wish,)), 1.0, "t").winner is None) == (reason is not None)
+
+
+def test_a_node_that_tells_other_labels_is_chosen_by_those() -> None:
+    geode = cluster(Static(labels=("site=a",)), Static(labels=("site=b",)))
+    wish = Demand(work_gas=1.0, labels=("site=b",))
+    assert geode.choose(wish, 1.0, "before").winner == kid(1)
+    for number, site in enumerate("ba"):
+        geode.node_up(kid(number), f"node-{number:02}", "1", Static(labels=(f"site={site}",)), 2.0)
+    assert geode.choose(wish, 2.0, "after").winner == kid(0)

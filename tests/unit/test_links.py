@@ -55,6 +55,24 @@ def test_a_side_is_an_alias_a_class_a_list_or_everybody() -> None:
     assert fits(LinkRule("rpi4", "rpi4"), "rpi4-01", "rpi4-02")
 
 
+def test_a_label_with_its_value_is_a_side_too() -> None:
+    labels = {"a-01": ("site=x", "ssd"), "a-02": ("site=y",), "b-01": ("site=y",)}
+
+    def labels_of(alias: str) -> tuple[str, ...]:
+        return labels.get(alias, ())
+
+    rule = LinkRule("site=x", "site=y", cut=True)
+    assert fits(rule, "a-01", "a-02", labels_of)
+    assert fits(rule, "b-01", "a-01", labels_of)
+    assert not fits(rule, "a-02", "b-01", labels_of), "both are on the same side"
+    assert not fits(rule, "a-01", "c-01", labels_of), "of whom nothing is known"
+    assert not fits(LinkRule("ssd", "*"), "a-01", "a-02", labels_of), "a bare one is none"
+    everywhere, inside = LinkRule("*", "*", latency_ms=40), LinkRule("site=y", "site=y")
+    plan = Plan("a-02", (everywhere, inside), (), labels_of)
+    assert plan.outgoing("a-01") is everywhere
+    assert plan.outgoing("b-01") is inside
+
+
 def test_a_one_way_rule_is_about_what_the_first_side_sends() -> None:
     rule = LinkRule("a-01", "b-01", one_way=True, cut=True)
     assert fits(rule, "a-01", "b-01")

@@ -17,12 +17,16 @@ from manifold.vm.kid import kid_of
 KIDS = [kid_of(b"%d" % number) for number in range(3)]
 
 
-def meta(boot: int) -> Meta:
-    return Meta(f"node-{boot}", "node", (f"sim://{boot}",))
+def meta(boot: int, version: int = 0) -> Meta:
+    labels = (f"v={version}",)
+    return Meta(f"node-{boot}", "node", (f"sim://{boot}",), labels=labels, version=version)
 
 
-def update(kid: int, boot: int, incarnation: int, state: int, described: bool = True) -> Update:
-    return Update(KIDS[kid], boot, incarnation, state, "", meta(boot) if described else None)
+def update(
+    kid: int, boot: int, incarnation: int, state: int, described: bool = True, version: int = 0
+) -> Update:
+    told = meta(boot, version) if described else None
+    return Update(KIDS[kid], boot, incarnation, state, "", told)
 
 
 updates = st.builds(
@@ -32,11 +36,17 @@ updates = st.builds(
     st.integers(0, 3),
     st.integers(0, 3),
     st.booleans(),
+    st.integers(0, 2),
 )
 
 
 def summary(table: Table) -> list[tuple[object, ...]]:
-    return sorted((r.kid, r.belief, r.meta_boot) for r in table.records())
+    """What is believed, and which description of which boot is known."""
+    rows = [
+        (r.kid, r.belief, r.meta_boot, r.meta.version if r.meta else -1) for r in table.records()
+    ]
+    assert all(r.meta is None or r.meta.labels == (f"v={r.meta.version}",) for r in table.records())
+    return sorted(rows)
 
 
 @given(st.lists(updates, max_size=5))

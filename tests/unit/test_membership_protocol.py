@@ -33,7 +33,7 @@ from manifold.kernel.membership.messages import (
 )
 from manifold.kernel.membership.probing import smooth_rtt
 from manifold.kernel.membership.protocol import Membership
-from manifold.vm.kid import kid_of
+from manifold.vm.kid import Kid, kid_of
 
 CONFIG = MembershipConfig()
 ME, OTHER, THIRD = (kid_of(name) for name in (b"me", b"other", b"third"))
@@ -359,3 +359,53 @@ def test_the_second_try_of_a_probe_uses_the_other_plane() -> None:
     assert later and all(s.plane is Plane.DATA for s in later)
     answer = sends(node.receive(OTHER, Ping(9, 1, True), 2_001.0), Ack)
     assert answer[0].plane is Plane.DATA
+
+
+# -- labels that change ---------------------------------------------------------------------------
+
+
+def labels_of(node: Membership, kid: str) -> tuple[str, ...]:
+    member = node.get(Kid(kid))
+    assert member is not None
+    return member.meta.labels
+
+
+def test_other_labels_are_told_with_a_higher_incarnation_that_is_durable_first() -> None:
+    node = machine(OTHER)
+    before = node.incarnation
+    effects = node.relabel(("site=b",), 10.0)
+    effects += run(node, 1000.0, 10.0)
+    assert node.incarnation == before + 1
+    assert labels_of(node, ME) == ("site=b",)
+    kept = next(at for at, each in enumerate(effects) if isinstance(each, Persist))
+    gossip = next(at for at, each in enumerate(effects) if sends([each], Gossip))
+    assert kept < gossip, "M2"
+    news = [
+        update
+        for each in sends(effects, Gossip)
+        for update in each.message.updates
+        if update.kid == ME
+    ]
+    assert {(u.incarnation, u.meta.labels, u.meta.version) for u in news if u.meta} == {
+        (before + 1, ("site=b",), 1)
+    }
+
+
+def test_news_of_other_labels_is_told_to_the_rest_of_the_node_and_passed_on_once() -> None:
+    node = machine(OTHER)
+    meta = msgspec.structs.replace(me(OTHER).meta, labels=("site=b",), version=1)
+    news = Update(OTHER, 1, 2, State.ALIVE, "", meta)
+    (change,) = told(node.receive(THIRD, Gossip(1, (news,)), 5.0), MemberChanged)
+    assert (change.member.meta.labels, change.previous_state) == (("site=b",), State.ALIVE)
+    assert not told(node.receive(THIRD, Gossip(1, (news,)), 6.0), MemberChanged)
+    old = Update(OTHER, 1, 3, State.ALIVE, "", me(OTHER).meta)  # from who had not heard of it
+    assert not told(node.receive(THIRD, Gossip(1, (old,)), 7.0), MemberChanged)
+    assert labels_of(node, OTHER) == ("site=b",)
+    (again,) = told(node.receive(THIRD, Gossip(1, (alive(OTHER, boot=2),)), 8.0), MemberChanged)
+    assert again.member.meta.labels == (), "another process says it anew"
+
+
+def test_who_has_left_tells_no_labels_any_more() -> None:
+    node = machine(OTHER)
+    node.leave(5.0)
+    assert node.relabel(("site=b",), 6.0) == []

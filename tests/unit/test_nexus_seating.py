@@ -59,6 +59,21 @@ def test_so_do_the_racks_of_one_site(candidates, count: int) -> None:
                 assert taken[rack(labels)] >= most - 1
 
 
+def test_five_voters_over_three_sites_lie_two_two_one_and_bear_the_loss_of_any_site() -> None:
+    candidates = [(KIDS[at], (f"site={'abc'[at // 4]}",)) for at in range(12)]
+    chosen = choose(5, candidates)
+    taken = counts(candidates, chosen, lambda each: group(each, "site"))
+    assert sorted(taken.values()) == [1, 2, 2]
+    assert all(2 * (5 - lost) > 5 for lost in taken.values())
+
+
+def test_a_silent_voter_counts_for_the_site_that_it_is_known_to_be_in() -> None:
+    voters = KIDS[:3]
+    there = [(KIDS[1], ("site=b",)), (KIDS[3], ("site=a",)), (KIDS[4], ("site=c",))]
+    known = {KIDS[0]: ("site=a",), KIDS[2]: ("site=c",)}
+    assert settle(voters, {KIDS[2]}, there, known) == [KIDS[1], KIDS[0], KIDS[4]]
+
+
 def test_without_labels_the_first_ones_vote() -> None:
     assert choose(3, [(kid, ()) for kid in KIDS[:5]]) == KIDS[:3]
 

@@ -252,6 +252,21 @@ def test_a_job_is_possible_where_a_node_is_only_busy_and_not_where_none_fits() -
     assert balance.reasons(geode, Demand(needs_gpu=True), 0.0) == "here: no GPU"
 
 
+def test_of_a_label_that_nobody_has_it_is_said_what_there_is() -> None:
+    geode = Geode(ME, GeodeConfig(), Random(1))
+
+    def why(*wishes: str) -> str:
+        return balance.reasons(geode, Demand(labels=wishes), 0.0)
+
+    assert why("site=c") == "no node is alive"
+    geode.node_up(ME, "here", "c", Static(labels=("site=a", "ssd")), 0.0)
+    geode.node_up(NODES[1], "there", "c", Static(labels=("site=b",)), 0.0)
+    assert why("site=c") == "none has site=c; there is site=a, site=b"
+    assert why("rack") == "none has rack; no node has a label rack"
+    assert why("!site") == "every node has site; there is site=a, site=b"
+    assert why("site=b", "ssd") == "here: has site=a, not site=b; there: lacks the label ssd"
+
+
 @pytest.mark.parametrize("quiet_ms", [100.0, 350.0])
 def test_a_shard_that_is_quiet_for_a_moment_is_taken_to_go_on(quiet_ms: float) -> None:
     job = job_of(100)

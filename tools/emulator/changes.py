@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from manifold.kernel import labels as labelling
 from manifold.kernel.config_loader import nearest
 from manifold.kernel.errors import NotFound, Refused, Unavailable
 from manifold.kernel.limits import NODES_MAX
@@ -42,8 +43,8 @@ class Changes:
         """What another process asks for."""
         aliases: tuple[str, ...] = ()
         match request:
-            case m.AddNodes(kind=kind, count=count):
-                aliases = tuple(await self.add(kind, count))
+            case m.AddNodes(kind=kind, count=count, labels=labels):
+                aliases = tuple(await self.add(kind, count, labels))
             case m.RemoveNodes(aliases=aliases, force=force):
                 await self.remove(aliases, force=force)
             case m.KillNode(alias=alias, stay_down=stay_down, force=force):
@@ -62,8 +63,14 @@ class Changes:
 
     # -- coming and going -----------------------------------------------------------------------
 
-    async def add(self, kind: str = "", count: int = 1) -> list[str]:
-        """`count` nodes of class `kind`; their aliases, once every node sees every node."""
+    async def add(
+        self, kind: str = "", count: int = 1, more_labels: Sequence[str] = ()
+    ) -> list[str]:
+        """`count` nodes of class `kind`; their aliases, once every node sees every node.
+
+        They have `more_labels` beside those of the class, or in their place.
+        """
+        more_labels = labelling.read(more_labels)
         async with self._one:
             supervisor = self._supervisor
             if not 1 <= count <= NODES_MAX - len(supervisor.specs):
@@ -72,7 +79,7 @@ class Changes:
                     f"A cluster has 1 to {NODES_MAX}.",
                 )
             room.make(count)
-            specs = self._members.more(kind, count, supervisor.seeds)
+            specs = self._members.more(kind, count, supervisor.seeds, more_labels)
             await supervisor.admit(specs)
             aliases = [spec.alias for spec in specs]
             if not await supervisor.converged(COME_S):

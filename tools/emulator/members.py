@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from manifold.kernel import places
+from manifold.kernel import labels, places
 from manifold.kernel.config import Config, NodeClass
 from manifold.kernel.config_loader import nearest
 from manifold.kernel.errors import NotFound, Refused
@@ -32,18 +32,27 @@ def node_spec(
     zygote: str,
     roots: throttle.Roots = throttle.ROOTS,
     memory_roots: throttle.Roots = throttle.MEMORY_ROOTS,
+    more_labels: Sequence[str] = (),
 ) -> NodeSpec:
-    """The specification of one node on this host."""
+    """The specification of one node on this host; `more_labels` go before those of its class."""
     group = f"{runtime.name}/{alias}"
     cores = kind.cores * kind.compute
     cgroup = throttle.prepare(group, cores, roots) if kind.compute < 1.0 else ""
     memory_cgroup = throttle.prepare_memory(group, kind.memory, memory_roots)
     address = f"ipc://{places.ipc_path(runtime, alias)}"
+    own = labels.merged(kind.labels_of(_number(alias)), more_labels)
+    labels.check_size(own)
     return NodeSpec(
         alias, kind.name, config, str(places.state_dir(config.cluster, alias, environ)), address,
         seeds, zygote, cgroup, kind.cores, kind.compute, kind.memory, kind.bandwidth, kind.latency,
-        kind.gpu, memory_cgroup=memory_cgroup,
+        kind.gpu, own, memory_cgroup=memory_cgroup,
     )  # fmt: skip
+
+
+def _number(alias: str) -> int:
+    """Which of its class a node is; an agent may have any name, and is then the first."""
+    number = alias.rpartition("-")[2]
+    return int(number) if number.isdigit() and len(number) <= 9 else 1
 
 
 class Members:
@@ -85,9 +94,12 @@ class Members:
         seeds = (*(spec.reached_at for spec in specs), *self.agents)
         return [msgspec.structs.replace(spec, seeds=seeds) for spec in specs]
 
-    def more(self, name: str, count: int, seeds: tuple[str, ...]) -> list[NodeSpec]:
+    def more(
+        self, name: str, count: int, seeds: tuple[str, ...], more_labels: Sequence[str] = ()
+    ) -> list[NodeSpec]:
         """`count` more of class `name`, "" is the first of the file."""
         kind = self._kind(name)
+        labels.check_size(labels.merged(kind.labels_of(1), more_labels))
         last = self._last.get(kind.name, 0)
         if last + count > NODES_MAX:
             raise Refused(
@@ -96,7 +108,7 @@ class Members:
             )
         self._last[kind.name] = last + count
         aliases = [f"{kind.name}-{number:02d}" for number in range(last + 1, last + count + 1)]
-        return [self._spec(alias, kind, seeds) for alias in aliases]
+        return [self._spec(alias, kind, seeds, more_labels) for alias in aliases]
 
     def _kind(self, name: str) -> NodeClass:
         kinds = {kind.name: kind for kind in self.config.classes}
@@ -106,10 +118,12 @@ class Members:
             raise NotFound(f"There is no class {name!r}.", nearest(name, kinds) or known)
         return kind
 
-    def _spec(self, alias: str, kind: NodeClass, seeds: tuple[str, ...]) -> NodeSpec:
+    def _spec(
+        self, alias: str, kind: NodeClass, seeds: tuple[str, ...], more_labels: Sequence[str] = ()
+    ) -> NodeSpec:
         spec = node_spec(
             self.config, alias, kind, self.runtime, seeds, self._environ, self._zygote,
-            self.roots, self.memory_roots,
+            self.roots, self.memory_roots, more_labels,
         )  # fmt: skip
         Path(spec.state_dir).mkdir(parents=True, exist_ok=True, mode=0o700)
         if self.network is not None:

@@ -11,18 +11,24 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from manifold.kernel import labels
 from manifold.kernel.hyperbus.messages import Failure
 from manifold.kernel.limits import ALIAS_CHARS_MAX, CLASS_NAME_CHARS_MAX, NODES_MAX
 
 Alias = Annotated[str, Meta(min_length=1, max_length=ALIAS_CHARS_MAX)]
+LABEL_CHARS_MAX = labels.KEY_CHARS_MAX + 1 + labels.VALUE_CHARS_MAX
+Label = Annotated[str, Meta(min_length=1, max_length=LABEL_CHARS_MAX)]
+Labels = Annotated[tuple[Label, ...], Meta(max_length=labels.LABELS_MAX)]
 Aliases = Annotated[tuple[Alias, ...], Meta(max_length=NODES_MAX)]
 
 
 class AddNodes(msgspec.Struct, frozen=True, array_like=True, tag="e.add"):
-    """`count` nodes of class `kind`; "" is the first of the configuration."""
+    """`count` nodes of class `kind`; "" is the first of the configuration. They have `labels`
+    beside those of the class."""
 
     kind: Annotated[str, Meta(max_length=CLASS_NAME_CHARS_MAX)] = ""
     count: Annotated[int, Meta(ge=1, le=NODES_MAX)] = 1
+    labels: Labels = ()
 
 
 class RemoveNodes(msgspec.Struct, frozen=True, array_like=True, tag="e.remove"):

@@ -14,7 +14,15 @@ from manifold.kernel import messages as m
 from manifold.kernel import places
 from manifold.kernel.config_loader import nearest
 from manifold.kernel.errors import NoCluster
-from manifold.kernel.hyperbus.rules import LATENCY_MS_MAX, RATE_BPS_MAX, LinkRule, class_of
+from manifold.kernel.hyperbus.rules import (
+    LATENCY_MS_MAX,
+    RATE_BPS_MAX,
+    LabelsOf,
+    LinkRule,
+    class_of,
+    has,
+    unlabelled,
+)
 from manifold.shells.sdk.connection import doors
 from manifold.shells.verbs import completing
 from manifold.shells.verbs.common import (
@@ -99,23 +107,38 @@ class Cluster:
                 "Start it with `manifold up`, or name another with --cluster.",
             )
         self.aliases = found
+        self._labels: dict[str, tuple[str, ...]] = {}  # known once a label was named
+
+    def labels_of(self, alias: str) -> tuple[str, ...]:
+        return self._labels.get(alias, ())
 
     def check(self, *named: str) -> None:
         """Refuse what names no node of the cluster."""
         unknown = self._unknown(named)
-        if unknown:  # perhaps one that is down
-            with connect(self._context) as client:
-                self.aliases = sorted({*self.aliases, *(node.alias for node in client.nodes())})
+        if unknown:  # perhaps one that is down, or a label
+            self._look()
             unknown = self._unknown(named)
         if unknown:
-            known = sorted({*self.aliases, *map(class_of, self.aliases)})
+            known = sorted(self._known() - {"*"})
             near = nearest(unknown[0], known) or "`manifold node ls` lists them."
+            what = "label of any node" if "=" in unknown[0] else "node and no class"
             raise click.UsageError(
-                f"{unknown[0][:60]!r} is no node and no class of cluster {self.name!r}. {near}"
+                f"{unknown[0][:60]!r} is no {what} of cluster {self.name!r}. {near}"
             )
 
+    def _look(self) -> None:
+        """Ask the cluster for all its nodes, and their labels."""
+        with connect(self._context) as client:
+            nodes = client.nodes()
+        self.aliases = sorted({*self.aliases, *(node.alias for node in nodes)})
+        self._labels = {node.alias: node.labels for node in nodes}
+
+    def _known(self) -> set[str]:
+        labels = {each for labels in self._labels.values() for each in labels if "=" in each}
+        return {"*", *self.aliases, *map(class_of, self.aliases), *labels}
+
     def _unknown(self, named: Sequence[str]) -> list[str]:
-        known = {"*", *self.aliases, *map(class_of, self.aliases)}
+        known = self._known()
         return [name for each in named for name in each.split(",") if name not in known]
 
     def order(self, changed: Any) -> int:
@@ -177,8 +200,9 @@ def rule_dict(rule: LinkRule) -> dict[str, Any]:
 def net() -> None:
     """Links between nodes.
 
-    A side is an alias, a class, '*' for every node, or several of them with commas between. Of
-    several rules that fit two nodes the latest holds. All are forgotten when the cluster ends.
+    A side is an alias, a class, a label (site=a), '*' for every node, or several of them with
+    commas between. Of several rules that fit two nodes the latest holds. All are forgotten when
+    the cluster ends.
     """
 
 
@@ -236,7 +260,7 @@ def partition(context: click.Context, groups: tuple[str, ...], as_json: bool) ->
     """Cut the nodes of each group off those of the others; a single group off all the rest."""
     cluster = Cluster(context, as_json)
     cluster.check(*groups)
-    members = [members_of(group, cluster.aliases) for group in groups]
+    members = [members_of(group, cluster.aliases, cluster.labels_of) for group in groups]
     if len(groups) == 1:
         rest = [alias for alias in cluster.aliases if alias not in members[0]]
         members.append(rest)
@@ -251,12 +275,9 @@ def partition(context: click.Context, groups: tuple[str, ...], as_json: bool) ->
     return cluster.order(lambda before: orders.added(before, rules))
 
 
-def members_of(group: str, aliases: Sequence[str]) -> list[str]:
+def members_of(group: str, aliases: Sequence[str], labels_of: LabelsOf = unlabelled) -> list[str]:
     """The nodes of a side."""
-    names = group.split(",")
-    return [
-        alias for alias in aliases if "*" in names or alias in names or class_of(alias) in names
-    ]
+    return [alias for alias in aliases if has(group, alias, labels_of)]
 
 
 @net.command()
@@ -275,7 +296,7 @@ def heal(context: click.Context, a: str | None, b: str | None, as_json: bool) ->
     cluster.check(one, other)
 
     def healed(rules: Rules) -> Rules:
-        return orders.healed(rules, one, other, cluster.aliases)
+        return orders.healed(rules, one, other, cluster.aliases, cluster.labels_of)
 
     return cluster.order(healed)
 

@@ -11,8 +11,14 @@ import sys
 import click
 
 from manifold.shells.verbs import completing
-from manifold.shells.verbs.cluster import node_inspect, node_ls
-from manifold.shells.verbs.common import Finite, cluster_name, json_option, print_json
+from manifold.shells.verbs.cluster import node_inspect, node_label, node_ls
+from manifold.shells.verbs.common import (
+    Finite,
+    cluster_name,
+    json_option,
+    label_option,
+    print_json,
+)
 from manifold.tools.emulator import messages as m
 
 SLOW_MIN = 0.01  # as in changes.py
@@ -25,6 +31,7 @@ def node() -> None:
 
 node.add_command(node_ls)
 node.add_command(node_inspect)
+node.add_command(node_label)
 
 force_option = click.option(
     "--force", is_flag=True, help="Also where then nothing can be agreed any more."
@@ -54,14 +61,17 @@ def _some(aliases: tuple[str, ...]) -> str:
 @node.command("add")
 @click.argument("kind", metavar="[CLASS]", required=False, default="")
 @click.option("--count", type=click.IntRange(1, 4096), default=1, show_default=True)
+@label_option
 @json_option
 @click.pass_context
-def add(context: click.Context, kind: str, count: int, as_json: bool) -> None:
+def add(
+    context: click.Context, kind: str, count: int, labels: tuple[str, ...], as_json: bool
+) -> None:
     """Add nodes of CLASS (of manifold.yaml; the first one if none), and wait until they are there.
 
     Their names are new: one that was given out is not given out again while the cluster is up.
     """
-    done = _ask(context, m.AddNodes(kind, count))
+    done = _ask(context, m.AddNodes(kind, count, labels))
     verb = "is" if len(done.aliases) == 1 else "are"
     _tell(done, f"{_some(done.aliases)} {verb} there: {done.nodes} nodes now", as_json)
 

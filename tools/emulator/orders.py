@@ -27,7 +27,15 @@ from manifold.kernel.effects import Plane
 from manifold.kernel.errors import ManifoldError, NoCluster, Refused, Unavailable
 from manifold.kernel.hyperbus.frames import Outbox, encode_envelope
 from manifold.kernel.hyperbus.messages import CLIENT_PREFIX
-from manifold.kernel.hyperbus.rules import RULES_MAX, LinkRule, fits, has, holding
+from manifold.kernel.hyperbus.rules import (
+    RULES_MAX,
+    LabelsOf,
+    LinkRule,
+    fits,
+    has,
+    holding,
+    unlabelled,
+)
 from manifold.kernel.hyperbus.seal import Plain
 from manifold.kernel.hyperbus.sockets import path
 from manifold.kernel.hyperbus.splitter import framed
@@ -91,14 +99,16 @@ def added(rules: Rules, new: Sequence[LinkRule]) -> Rules:
     return (*kept, *new)
 
 
-def healed(rules: Rules, a: str, b: str, aliases: Sequence[str]) -> Rules:
+def healed(
+    rules: Rules, a: str, b: str, aliases: Sequence[str], labels_of: LabelsOf = unlabelled
+) -> Rules:
     """Between two sides as the file says, whatever was ordered."""
     lifted = LinkRule(a, b, lifted=True)
     kept = tuple(each for each in rules if (each.a, each.b) not in ((a, b), (b, a)))
     left = any(
-        (rule := holding(kept, *ends)) is not None and not rule.lifted
+        (rule := holding(kept, *ends, labels_of)) is not None and not rule.lifted
         for ends in permutations(aliases, 2)
-        if fits(lifted, *ends)
+        if fits(lifted, *ends, labels_of)
     )
     return (*kept, lifted) if left else kept
 
@@ -113,12 +123,16 @@ def partition(groups: Sequence[str]) -> list[LinkRule]:
 
 
 def concerned(before: Rules, after: Rules, aliases: Sequence[str]) -> list[str]:
-    """The nodes at an end of a rule that came, went or changed its place."""
+    """The nodes at an end of a rule that came, went or changed its place; all of them where it
+    names a label: who is cut off cannot be asked for its own."""
     same = 0
     while same < min(len(before), len(after)) and before[same] == after[same]:
         same += 1
     moved = (*before[same:], *after[same:])
-    return [alias for alias in aliases if any(has(r.a, alias) or has(r.b, alias) for r in moved)]
+    sides = [side for rule in moved for side in (rule.a, rule.b)]
+    if any("=" in side for side in sides):
+        return list(aliases)
+    return [alias for alias in aliases if any(has(side, alias) for side in sides)]
 
 
 # -- telling nodes --------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from manifold.kernel.messages import (
     ToSupervisor,
     VotersSettled,
 )
+from manifold.kernel.nexus import seating
 from manifold.kernel.nodespec import NodeSpec
 from manifold.kernel.process.channel import Channel, Closed
 from manifold.kernel.process.remains import Remains, clear
@@ -133,6 +134,7 @@ class Supervisor:
     _changed: asyncio.Event = field(default_factory=asyncio.Event)  # ended, ready, converged
     _converged: asyncio.Event = field(default_factory=asyncio.Event)
     _told_voters: bool = False
+    _first_voters: tuple[Kid, ...] = ()
     _agreed: bool = True  # once they were told: whether somebody has answered
     _settling: dict[int, asyncio.Future[VotersSettled]] = field(default_factory=dict)
     _liveness_write: int = -1
@@ -370,14 +372,17 @@ class Supervisor:
     def _tell_voters(self) -> None:
         """Once all are there: who votes, unless they know better from an earlier time."""
         count = voters_of(self.specs[0].config.nexus.voters, len(self.specs))
-        ready = [node.ready for node in self.nodes.values() if node.ready is not None]
+        ready = [(r.kid, r.labels) for n in self.nodes.values() if (r := n.ready) is not None]
         channel = next((n.channel for n in self.nodes.values() if n.channel is not None), None)
         if self._told_voters or len(ready) < len(self.specs) or channel is None:
             return
         self._told_voters = True
         self._agreed = not count
-        if count:
-            channel.post(FirstVoters(tuple(each.kid for each in ready[:count])))
+        there = [kid for kid, _ in ready]
+        if any(kid not in there for kid in self._first_voters) or not self._first_voters:
+            self._first_voters = tuple(seating.choose(count, ready))
+        if count:  # the same ones again, whoever came since: two sets might become two clusters
+            channel.post(FirstVoters(self._first_voters))
 
     def _hang_up(self, node: Watched, channel: Channel[ToSupervisor]) -> None:
         asyncio.get_running_loop().remove_reader(channel.socket)

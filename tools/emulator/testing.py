@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
@@ -26,7 +26,7 @@ from manifold.kernel import places
 from manifold.kernel.clock import JUMP_MS_MAX, RATE_MAX, RATE_MIN
 from manifold.kernel.config import Config, load
 from manifold.kernel.errors import ManifoldError, NotFound, Refused, Unavailable
-from manifold.kernel.hyperbus.rules import LinkRule
+from manifold.kernel.hyperbus.rules import LinkRule, has
 from manifold.kernel.process import throttle
 from manifold.shells.sdk.client import Client
 from manifold.tools.emulator import cluster, orders
@@ -131,6 +131,11 @@ class TestCluster:
     def _node(self, node: Node) -> Watched:
         return self.supervisor.nodes[self.alias(node)]
 
+    def labels_of(self, node: Node) -> tuple[str, ...]:
+        """The labels that the node had when it started."""
+        found = self._node(node)
+        return found.ready.labels if found.ready is not None else found.spec.labels
+
     def pid(self, node: Node) -> int:
         """The node's present process."""
         return self._node(node).pid
@@ -177,11 +182,12 @@ class TestCluster:
 
     # -- growing and shrinking ------------------------------------------------------------------
 
-    def add(self, kind: str = "", count: int = 1) -> list[str]:
-        """`count` more nodes of a class; their aliases, once everybody sees everybody."""
+    def add(self, kind: str = "", count: int = 1, labels: Sequence[str] = ()) -> list[str]:
+        """`count` more nodes of a class, with these labels beside those of the class; their
+        aliases, once everybody sees everybody."""
         self._refuse_shared()
-        self.note(f"add {count} {kind}".rstrip())
-        return self._call(self._changes.add(kind, count))
+        self.note(" ".join(filter(None, (f"add {count}", kind, *labels))))
+        return self._call(self._changes.add(kind, count, labels))
 
     def remove(self, *nodes: Node, force: bool = False) -> None:
         """Let nodes leave well; returns once their processes have ended."""
@@ -295,8 +301,8 @@ class TestCluster:
         reorder: float = 0.0,
         one_way: bool = False,
     ) -> None:
-        """Make links slow, narrow or lossy. A side is a node, a class, `*`, or several with commas
-        between; of several rules that fit, the last one holds."""
+        """Make links slow, narrow or lossy. A side is a node, a class, a label such as `site=a`,
+        `*`, or several with commas between; of several rules that fit, the last one holds."""
         figures = (latency_ms, jitter_ms, rate_bps, loss, reorder)
         self._order("slow", LinkRule(self._side(one), self._side(other), one_way, *figures))
 
@@ -304,8 +310,8 @@ class TestCluster:
         """Cut the nodes of each group off those of the others; a single group off all the rest."""
         sides = [self._side(*group) for group in groups]
         if len(sides) == 1:
-            inside = sides[0].split(",")
-            sides.append(self._side(*(alias for alias in self.aliases if alias not in inside)))
+            rest = [each for each in self.aliases if not has(sides[0], each, self.labels_of)]
+            sides.append(self._side(*rest))
         self._order("partition", *orders.partition(sides))
 
     def _side(self, *nodes: Node) -> str:
@@ -316,8 +322,9 @@ class TestCluster:
             for part in (each.split(",") if isinstance(each, str) else [each])
         ]
         aliases = self.aliases
-        classes = {alias.rpartition("-")[0] for alias in aliases} | {"*"}
-        return ",".join(sorted(str(n) if n in classes else self.alias(n) for n in names))
+        known = {alias.rpartition("-")[0] for alias in aliases} | {"*"}
+        known |= {label for alias in aliases for label in self.labels_of(alias) if "=" in label}
+        return ",".join(sorted(str(n) if n in known else self.alias(n) for n in names))
 
     def _order(self, what: str, *rules: LinkRule) -> None:
         """Rules of links that hold until `heal`, also for nodes that start again."""

@@ -16,18 +16,24 @@ from typing import Any
 import click
 
 from manifold.kernel import places
-from manifold.kernel.config import Config, load
+from manifold.kernel.config import PROFILES, Config, load
 from manifold.kernel.errors import ManifoldError, NoCluster, Refused, Unavailable
 from manifold.kernel.process.remains import answers
-from manifold.shells.verbs.common import cluster_name, config_path, json_option, print_json
+from manifold.shells.verbs.common import (
+    cluster_name,
+    config_path,
+    json_option,
+    label_option,
+    print_json,
+)
 from manifold.tools.emulator import cluster, owned, record
 from manifold.tools.emulator.members import node_spec
 from manifold.tools.emulator.supervisor import Supervisor
 from manifold.vm.version import VERSION
 
 
-def _config(context: click.Context, file: str, sets: tuple[str, ...]) -> Config:
-    overrides = {}
+def _config(context: click.Context, file: str, sets: tuple[str, ...], profile: str = "") -> Config:
+    overrides = {"profile": profile} if profile else {}
     for each in sets:
         key, equals, value = each.partition("=")
         if not equals:
@@ -43,6 +49,12 @@ def _config(context: click.Context, file: str, sets: tuple[str, ...]) -> Config:
 @click.command()
 @click.option("--nodes", "count", type=click.IntRange(1, 4096), help="Spread over the classes.")
 @click.option("--config", "file", default="", metavar="FILE", help="Instead of ./manifold.yaml.")
+@click.option(
+    "--profile",
+    type=click.Choice(PROFILES),
+    default=None,
+    help="Classes and links of that kind, instead of the file's.",
+)
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override one key.")
 @click.option("--netns", is_flag=True, help="Nodes in network namespaces, joined by TCP (root).")
 @click.option("--detach", is_flag=True, help="Return once it is up; `manifold down` ends it.")
@@ -56,6 +68,7 @@ def up(
     context: click.Context,
     count: int | None,
     file: str,
+    profile: str | None,
     sets: tuple[str, ...],
     netns: bool,
     detach: bool,
@@ -68,8 +81,8 @@ def up(
     """Start a cluster on this machine, one process per node, and stay until Ctrl-C."""
     report = _Report(report_fd, as_json)
     try:
-        config = _config(context, file, sets)
-        if whole and count and config_path(file) is None:
+        config = _config(context, file, sets, profile or "")
+        if whole and count and config_path(file) is None and config.profile == "none":
             config = cluster.sharing_this_machine(config, count)
     except ManifoldError as error:
         report.failed(error)
@@ -83,6 +96,7 @@ def up(
     if detach:
         flags = [*(["--config", file] if file else []), *(x for s in sets for x in ("--set", s))]
         flags += ["--netns"] if netns else []
+        flags += ["--profile", profile] if profile else []
         event = start_detached(config.cluster, count, flags)
         if as_json:
             print_json(event)
@@ -258,9 +272,15 @@ def _running_jobs(name: str) -> int:
 @click.option("--class", "kind_name", default="", help="Its class; the first of the file if none.")
 @click.option("--config", "file", default="", metavar="FILE")
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE")
+@label_option
 @click.pass_context
 def agent(
-    context: click.Context, alias: str, kind_name: str, file: str, sets: tuple[str, ...]
+    context: click.Context,
+    alias: str,
+    kind_name: str,
+    file: str,
+    sets: tuple[str, ...],
+    labels: tuple[str, ...],
 ) -> int:
     """Run one node in the foreground, joining whatever nodes of the cluster are here."""
     config = _config(context, file, sets)
@@ -268,10 +288,10 @@ def agent(
     kind = kinds.get(kind_name) if kind_name else config.classes[0]
     if kind is None:
         raise click.BadParameter(f"there is no class {kind_name!r}; there are {', '.join(kinds)}.")
-    return asyncio.run(_agent(config, alias, kind))
+    return asyncio.run(_agent(config, alias, kind, labels))
 
 
-async def _agent(config: Config, alias: str, kind: Any) -> int:
+async def _agent(config: Config, alias: str, kind: Any, labels: tuple[str, ...]) -> int:
     runtime = places.runtime_dir(config.cluster, os.environ)
     lock = record.Lock(places.state_dir(config.cluster, alias, os.environ))
     if not lock.acquire(1, str(runtime)):
@@ -288,7 +308,7 @@ async def _agent(config: Config, alias: str, kind: Any) -> int:
         )
     seeds = tuple(f"ipc://{str(path)[:-2]}" for path in sorted(runtime.glob("*.d")))
     zygote = str(runtime / f"zygote-{alias}")
-    spec = node_spec(config, alias, kind, runtime, seeds, os.environ, zygote)
+    spec = node_spec(config, alias, kind, runtime, seeds, os.environ, zygote, more_labels=labels)
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

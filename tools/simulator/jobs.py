@@ -55,6 +55,10 @@ JOBS_PER_NODE, JOBS_MIN, JOBS_MAX = 1.5, 6, 40  # in one run; more show nothing 
 FIRST_JOB_MS = 1000.0  # the cluster has met by then, where nothing is wrong
 DURATION_MS, LARGE_DURATION_MS = 15_000.0, 8000.0
 VOTERS, VOTERS_MS, AGAIN_MS = 3, 600.0, 12_000.0  # of clusters that have so many nodes
+# What jobs wish for in turn; each is met by a node of any cluster of three and more.
+WISHES: tuple[tuple[str, ...], ...] = (
+    (), (), ("site=a",), (), ("rack=r1", "!ssd"), (), ("ssd",), (), ("!site=b",),
+)  # fmt: skip
 KILLED = 0.15  # of the jobs, while they run or after
 STRIKES_PER_MINUTE = 12.0  # of each kind, over the cluster: a worker lost, a node slowed down
 SLOW_FACTOR, SLOW_MS = 0.2, 3000.0
@@ -68,11 +72,14 @@ MESSAGES = membership_messages.Message | scheduler_messages.Message | nexus_mess
 
 
 def machine_of(index: int, kid: Kid, boot: int) -> Me:
-    """Four unequal classes in turn, with one to four slots."""
+    """Four unequal classes in turn, with one to four slots. All but the first move to the other
+    site each time they start: what others know of them is old for a while."""
     me = membership.node_of(index, kid, boot)
+    site = "b" if index and (index + boot) % 2 == 0 else "a"
+    own = [f"rack=r{index % 2}", f"site={site}", *(["ssd"] if index % 3 == 0 else [])]
     return replace(
         me, compute=COMPUTE[me.node_class], memory_bytes=1 << 30, bandwidth_bps=1e9,
-        latency_ms=0.3,
+        latency_ms=0.3, labels=tuple(own),
     )  # fmt: skip
 
 
@@ -324,6 +331,8 @@ def random_task(random: Random, number: int, home: int, nodes: int) -> Task:
     demand = Demand()
     if nodes > 2 and random.random() < 0.1:
         demand = Demand(node_class="server")
+    elif nodes > 2:
+        demand = Demand(labels=WISHES[number % len(WISHES)])
     spec = JobSpec(
         kid_of(program.ir), lo, lo + count, "collect" if isolate else reduce, (), isolate, indices,
         ENDLESS_MS if endless else 0.0, f"job {number}", demand,

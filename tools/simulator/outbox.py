@@ -25,6 +25,7 @@ from typing import Any
 from manifold.kernel.config import Config
 from manifold.kernel.effects import Effect, Reply, after_writes
 from manifold.kernel.errors import ManifoldError
+from manifold.kernel.geode.messages import Demand
 from manifold.kernel.nexus.messages import Answer, Get, Initialise, Operate
 from manifold.kernel.process.messages import Fault, GlobalCall
 from manifold.kernel.scheduler.globalcalls import GlobalAnswer
@@ -222,7 +223,10 @@ class Schedule:
         count = self.random.randint(*INDICES)
         effects = (f"g{number}",) if self.random.random() < 0.75 else ()
         name = f"job {number}"
-        spec = JobSpec(kid_of(program.ir), 0, count, "sum", name=name, effects=effects)
+        demand = Demand(labels=("rack=r1",)) if number % 3 == 1 else Demand()
+        spec = JobSpec(
+            kid_of(program.ir), 0, count, "sum", name=name, demand=demand, effects=effects
+        )
         return Submission(f"J-{number:016x}", spec, program.ir, self.random.random() < 0.2)
 
     # -- what happens -------------------------------------------------------------------------
@@ -332,6 +336,7 @@ class Schedule:
         return ""
 
     def _judge(self) -> None:
+        self.outcome.failures += self.writers.failures  # V2: each where it may run
         for number, submission in enumerate(self.submissions):
             if not submission.queued:
                 continue

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from manifold.kernel import labels
 from manifold.kernel.effects import Effect
 from manifold.kernel.process.messages import Fault, Result
 from manifold.kernel.scheduler import blocks
@@ -168,6 +169,9 @@ class Workers:
         classes = ("", me.node_class)
         if demand.node_class not in classes or demand.node not in ("", me.alias, me.kid):
             self.failures.append(f"V2 {me.alias} runs what asks for {demand}")
+        has = (*me.labels, *labels.facts(me.node_class, me.arch, me.gpu))
+        if not all(labels.meets(has, wish) for wish in demand.labels):
+            self.failures.append(f"V2 {me.alias} with {me.labels} runs what wants {demand.labels}")
 
     def _limit(self, node: Node, event: LimitRun) -> None:
         run = self._runs.get((node.index, event.worker))

@@ -149,7 +149,7 @@ def _asked(config: pytest.Config, positional: tuple[Any, ...], named: dict[str, 
         asked = dataclasses.replace(
             asked, seed=secrets.randbelow(SEED_MAX) if given is None else given
         )
-    if not asked.nodes and not asked.classes:
+    if not (asked.nodes or asked.classes or asked.profile):
         asked = dataclasses.replace(asked, nodes=_setting(config, "manifold_nodes"))
     return asked
 

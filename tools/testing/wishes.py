@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from manifold.kernel.config import PROFILES, load, profile_path
 from manifold.kernel.errors import ConfigError
 from manifold.kernel.nexus.configs import VOTERS_MAX
 
@@ -27,14 +28,15 @@ FILE = "manifold.yaml"
 class Wish:
     """`nodes` 0: as many as the classes count. `classes`: the section of that name in a
     configuration, a number in it being a count; `links`: that section, or its rules alone;
-    `overrides`: single keys, such as `{"scheduler.grain": "5ms"}`; `config`: a file instead of
-    classes and links; `netns`: nodes in network namespaces."""
+    `overrides`: single keys, such as `{"scheduler.grain": "5ms"}`; `config`: a file, or `profile`:
+    one that is packaged, instead of classes and links; `netns`: nodes in network namespaces."""
 
     nodes: int = 0
     classes: Mapping[str, Any] = field(default_factory=dict)
     links: Any = None
     overrides: Mapping[str, str] = field(default_factory=dict)
     config: Path | str | None = None
+    profile: str = ""
     seed: int | None = None
     netns: bool = False
 
@@ -75,6 +77,12 @@ def _check(found: Wish) -> None:
         )
     if not isinstance(found.netns, bool):
         raise ConfigError(f"netns={found.netns!r} is neither True nor False.", "Write netns=True.")
+    if found.profile and found.profile not in PROFILES:
+        raise ConfigError(
+            f"There is no profile {found.profile!r}.", f"There are {', '.join(PROFILES)}."
+        )
+    if found.profile and (found.classes or found.links or found.config is not None):
+        raise ConfigError("A profile has its own classes and links.", "Leave out one or the other.")
     if found.seed is not None and (not isinstance(found.seed, int) or found.seed < 0):
         raise ConfigError(f"seed={found.seed!r} is no seed.", "Write a number from 0 on.")
 
@@ -83,6 +91,8 @@ def write(asked: Wish, folder: Path) -> Path:
     """The configuration file of a cluster as it was asked for."""
     if asked.config is not None:
         return Path(asked.config)
+    if asked.profile:
+        return profile_path(asked.profile)
     classes = asked.classes or {DEFAULT_CLASS: {"count": count(asked), **DEFAULT_KEYS}}
     document: dict[str, Any] = {
         "classes": {
@@ -112,6 +122,8 @@ def count(asked: Wish) -> int:
     """How many nodes: what is asked for, else what the classes count."""
     if asked.nodes:
         return asked.nodes
+    if asked.profile:
+        return load(profile_path(asked.profile), {}).nodes
     counts = [
         each if isinstance(each, int) else each.get("count", 1) for each in asked.classes.values()
     ]
