@@ -41,6 +41,7 @@ LIMITER_MAX = 1024  # nodes remembered by "not again so soon"; then all are forg
 ENDED_ESCALATIONS = 8  # times a report is repeated against later incarnations: then it was wrong
 FRESH_PART = 0.25  # fresh news may leave this part of the gossip interval after the last round
 JITTER_PART = 0.125  # and is spread over this part of it
+REFUTE_FAN_OUT = 8  # told of a refutation at once: who is heard by few must not hope for gossip
 
 
 class Beliefs:
@@ -96,10 +97,31 @@ class Beliefs:
         return Update(self.me.kid, self.me.boot, self.incarnation, self.state, "", meta)
 
     def _apply_all(
-        self, updates: tuple[Update, ...], now_ms: float, *, quiet: bool = False
+        self,
+        updates: tuple[Update, ...],
+        now_ms: float,
+        *,
+        source: Kid | None = None,
+        quiet: bool = False,
     ) -> None:
+        """Merge what `source` told; where it is None, it gets our whole table anyway."""
         for update in updates:
             self._apply(update, now_ms, quiet=quiet)
+            if source is not None and update.state in (State.SUSPECT, State.DEAD):
+                self._correct(source, update, now_ms)
+
+    def _correct(self, source: Kid, update: Update, now_ms: float) -> None:
+        """Who still tells an accusation that was refuted has missed the refutation: tell it so."""
+        if update.kid == self.me.kid:
+            known, refuted = self._myself(), self.state == State.ALIVE
+        else:
+            record = self._table.get(update.kid)
+            if record is None or record.meta is None:
+                return
+            known, refuted = record.update(), record.state == State.ALIVE
+        later = (known.boot, known.incarnation) > (update.boot, update.incarnation)
+        if refuted and later and self._seldom(f"correct {update.kid}", source, now_ms):
+            self._out.append(Send(source, Gossip(self.me.boot, (known,))))
 
     def _apply(self, update: Update, now_ms: float, *, quiet: bool = False) -> None:
         """Merge one belief (M3), and pass on what was news."""
@@ -190,9 +212,19 @@ class Beliefs:
             if accused:
                 self.health.add(1)
                 self._out.append(Notify(Refuted(self.incarnation, update.by)))
+                self._refute(now_ms)
             self._tell(self._myself(), now_ms)
         elif update.state != State.ALIVE or update.boot < me.boot:
             self._retell(self._myself(), now_ms)
+
+    def _refute(self, now_ms: float) -> None:
+        """Tell several at once, and who answered us last: that one hears us."""
+        if not self._seldom("refute", self.me.kid, now_ms):
+            return
+        refutation = Gossip(self.me.boot, (self._myself(),))
+        drawn = self._table.draw(self._random, REFUTE_FAN_OUT)
+        for record in self._table.with_latest(drawn, REFUTE_FAN_OUT):
+            self._out.append(Send(record.kid, refutation))
 
     # Gossip.
 

@@ -13,7 +13,8 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from random import Random
 
 from manifold.kernel.membership.messages import Member, Meta, State, Update
@@ -31,7 +32,17 @@ _STATES = tuple(State)  # indexed: calling the enum costs ten times as much
 class Record:
     """One node's row. `meta` may be of an older boot, or None: then it is not shown."""
 
-    __slots__ = ("boot", "incarnation", "kid", "meta", "meta_boot", "rtt_ms", "since_ms", "state")
+    __slots__ = (
+        "answered_ms",
+        "boot",
+        "incarnation",
+        "kid",
+        "meta",
+        "meta_boot",
+        "rtt_ms",
+        "since_ms",
+        "state",
+    )
 
     def __init__(self, kid: Kid, now_ms: float) -> None:
         self.kid = kid
@@ -42,6 +53,7 @@ class Record:
         self.meta_boot = -1
         self.since_ms = now_ms
         self.rtt_ms: float | None = None
+        self.answered_ms = -math.inf  # when it last answered us: it hears us, and we hear it
 
     @property
     def belief(self) -> Belief:
@@ -142,19 +154,43 @@ class Table:
     def expired(self, now_ms: float) -> list[Record]:
         return [r for r in self.records() if not r.live and now_ms - r.since_ms > FORGET_MS]
 
+    def with_latest(
+        self, drawn: Sequence[Record], count: int, *, without: str = ""
+    ) -> list[Record]:
+        """`drawn`, in which the node that answered us last takes a place if it has none.
+
+        Of the living that are not suspect; one of several places only, so that chance stays.
+        """
+        fitting = (
+            record
+            for record in self._records.values()
+            if record.state == State.ALIVE and record.meta is not None and record.kid != without
+        )
+        latest = max(fitting, key=lambda record: record.answered_ms, default=None)
+        if latest is None or latest.answered_ms == -math.inf or latest in drawn or count < 2:
+            return list(drawn)
+        return [*drawn[: count - 1], latest]
+
     def draw(
-        self, random: Random, count: int, *, without: str = "", dead_since_ms: float | None = None
+        self,
+        random: Random,
+        count: int,
+        *,
+        without: str = "",
+        dead_since_ms: float | None = None,
+        alive: bool = False,
     ) -> list[Record]:
         """Up to `count` different reachable nodes at random, never `without`.
 
-        Living ones, and those that died after `dead_since_ms` where that is given.
+        Living ones (`alive`: none that is suspect), and those that died after `dead_since_ms`
+        where that is given.
         """
 
         def fits(record: Record) -> bool:
             if record.meta is None or record.kid == without:
                 return False
             if record.live:
-                return True
+                return not alive or record.state == State.ALIVE
             recent = dead_since_ms is not None and record.since_ms >= dead_since_ms
             return recent and record.state == State.DEAD
 
