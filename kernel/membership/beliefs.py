@@ -41,7 +41,6 @@ LIMITER_MAX = 1024  # nodes remembered by "not again so soon"; then all are forg
 ENDED_ESCALATIONS = 8  # times a report is repeated against later incarnations: then it was wrong
 FRESH_PART = 0.25  # fresh news may leave this part of the gossip interval after the last round
 JITTER_PART = 0.125  # and is spread over this part of it
-REFUTE_FAN_OUT = 8  # told of a refutation at once: who is heard by few must not hope for gossip
 
 
 class Beliefs:
@@ -212,19 +211,9 @@ class Beliefs:
             if accused:
                 self.health.add(1)
                 self._out.append(Notify(Refuted(self.incarnation, update.by)))
-                self._refute(now_ms)
             self._tell(self._myself(), now_ms)
         elif update.state != State.ALIVE or update.boot < me.boot:
             self._retell(self._myself(), now_ms)
-
-    def _refute(self, now_ms: float) -> None:
-        """Tell several at once, and who answered us last: that one hears us."""
-        if not self._seldom("refute", self.me.kid, now_ms):
-            return
-        refutation = Gossip(self.me.boot, (self._myself(),))
-        drawn = self._table.draw(self._random, REFUTE_FAN_OUT)
-        for record in self._table.with_latest(drawn, REFUTE_FAN_OUT):
-            self._out.append(Send(record.kid, refutation))
 
     # Gossip.
 

@@ -3,8 +3,8 @@
 The middle third of the machine in protocol.py. A suspicion that runs out is no verdict yet: within
 its last `ack_ms` the suspect is called once more, by this node and through relays, and each call
 carries the accusation. Who gets through to it learns so and gives it its time anew; it has heard
-what is held against it, and refutes. Who gets no word of any relay does not trust itself: it asks
-others, for as long as an unconfirmed suspicion would last.
+what is held against it, and refutes. Who gets no word of any relay, and yet hears that others talk,
+is not heard itself: it judges nobody, and asks again.
 
 A hearing lies within the suspicion's time, so that a node that is gone is not found out later.
 
@@ -12,7 +12,8 @@ Source: Lifeguard (2018), section 4.1 for what silent relays mean, 4.2 for the t
 is ours: one-way cuts leave an accuser that a refutation does not reach (docs/membership.md).
 
 Invariants: M7 a verdict is given only at the end of a hearing, held within the suspicion, in which
-neither the suspect nor a relay said that it lives; V1 at most `HEARINGS_MAX` at once.
+neither the suspect nor a relay said that it lives, and not by a node that hears others and is
+answered by none; V1 at most `HEARINGS_MAX` at once.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from manifold.kernel.membership.table import Record
 from manifold.vm.kid import Kid
 
 WARNINGS = 4  # suspects warned by one node in each probe interval
-WARNERS = 32.0  # nodes that warn one suspect in each probe interval, in the mean, besides accusers
-HEARINGS_MAX = 64  # at once: 64 * (1 + 3) messages of about 200 B; others of the cluster do the rest
+WARNERS = 32.0  # nodes that warn a suspect in each probe interval, in the mean, besides accusers
+HEARINGS_MAX = 64  # 64 * (1 + 3) messages of 200 B at once; other nodes hear other suspects
 NACK_PART = 0.8  # a relay says nack after this part of the time it was given (Lifeguard 4.1)
 
 
@@ -69,27 +70,26 @@ class Judging(Beliefs):
         self._seq += 1
         return self._seq
 
-    def _relays_for(self, target: str) -> tuple[Kid, ...]:
-        """Those who are asked to call `target`: at random, and the one that answered us last.
-
-        Who is heard by few nodes only finds among these one that hears it.
-        """
+    def _relays_for(self, target: str, *, suspects: bool = False) -> tuple[Kid, ...]:
+        """Those who are asked to call `target`; with `suspects`, rather these than nobody."""
         count = self.config.indirect
         drawn = self._table.draw(self._random, count, without=target, alive=True)
-        return tuple(r.kid for r in self._table.with_latest(drawn, count, without=target))
+        if suspects and not drawn:
+            drawn = self._table.draw(self._random, count, without=target)
+        return tuple(record.kid for record in drawn)
 
     def _warn_suspects(self) -> None:
         """Tell a few of those we hold for suspect: the news of it may not have reached them.
 
         Without this a node whose accusations went into a partition would wait for the suspect's
-        next turn in the ring, or bury it. Others than the accuser do it too, since the suspect may
-        not hear the accuser; in large clusters only some of them.
+        next turn in the ring, or bury it. Others than the accuser do it too, in large clusters some
+        of them: a node that is seldom in reach hears of it in time to refute.
         """
-        others = WARNERS / self._nodes()
+        part = WARNERS / self._nodes()
         warned = [
             kid
             for kid, suspicion in self._suspicions.items()
-            if self.me.kid in suspicion.accusers or self._random.random() < others
+            if self.me.kid in suspicion.accusers or self._random.random() < part
         ]
         for kid in self._random.sample(warned, min(WARNINGS, len(warned))):
             record = self._table.get(kid)
@@ -98,7 +98,8 @@ class Judging(Beliefs):
                 self._out.append(Send(kid, Gossip(self.me.boot, about)))
 
     def _hearing_ms(self) -> float:
-        return self.health.scale(self.config.ack_ms)
+        """Twice the usual time at the most: it is repeated where it leads to nothing."""
+        return min(self.health.scale(self.config.ack_ms), 2 * self.config.ack_ms)
 
     def _judging_due_ms(self) -> float:
         """When `_judge` has something to do."""
@@ -128,7 +129,7 @@ class Judging(Beliefs):
         if len(self._hearings) >= HEARINGS_MAX:
             return  # One of them will end, or somebody else hears this one.
         seq, given_ms = self._next_seq(), self._hearing_ms()
-        relays = self._relays_for(record.kid)
+        relays = self._relays_for(record.kid, suspects=True)
         self._hearings[record.kid] = Hearing(
             seq, record.kid, record.boot, now_ms + given_ms, relays
         )
@@ -143,15 +144,16 @@ class Judging(Beliefs):
     ) -> None:
         """Nobody has reached it: a verdict, unless nobody has answered at all."""
         del self._hearings[record.kid]
-        most_ms = timers.timeout_ms(self.config, self._nodes(), 0)
-        unheard = hearing.relays and not hearing.nacked
-        if unheard and now_ms < suspicion.started_ms + most_ms:
+        if hearing.relays and not hearing.nacked and self._hears(now_ms):
             self._begin_hearing(record, now_ms)
         elif now_ms >= suspicion.deadline_ms:  # M7
-            dead = Update(
-                record.kid, record.boot, record.incarnation, State.DEAD, self.me.kid
-            )
+            dead = Update(record.kid, record.boot, record.incarnation, State.DEAD, self.me.kid)
             self._apply(dead, now_ms)
+
+    def _hears(self, now_ms: float) -> bool:
+        """Whether anybody has talked to us in the longest time that a suspicion takes."""
+        since_ms = now_ms - timers.timeout_ms(self.config, self._nodes(), 0)
+        return any(record.heard_ms > since_ms for record in self._table.records())
 
     def _grown(self, record: Record, by: str, now_ms: float, *, quiet: bool) -> None:
         self._hearings.pop(record.kid, None)  # what it was about is over

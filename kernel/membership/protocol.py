@@ -113,6 +113,9 @@ class Membership(Judging):
         if not self._running:
             return []
         self._enter(now_ms)
+        record = self._table.get(source)
+        if record is not None:
+            record.heard_ms = now_ms
         if source == self.me.kid:
             if isinstance(message, PushPull):
                 self._seeds.is_us(message.via)
@@ -124,10 +127,10 @@ class Membership(Judging):
                 news = self._packet(source, message.boot)
                 self._out.append(Send(source, Ack(message.seq, self.me.boot, news), plane))
             case Ack():
-                self._answered(source, message.updates, now_ms)
+                self._apply_all(message.updates, now_ms, source=source)
                 self._acknowledged(source, message, now_ms)
             case Nack():
-                self._answered(source, message.updates, now_ms)
+                self._apply_all(message.updates, now_ms, source=source)
                 self._nacked(source, message.seq)
             case PingReq():
                 self._hear(source, message.boot, message.updates, now_ms)
@@ -283,13 +286,6 @@ class Membership(Judging):
         unknown = record is None or record.meta is None or boot > record.boot
         if unknown and self.state == State.ALIVE and self._seldom("ask", source, now_ms):
             self._request(source, "")
-
-    def _answered(self, source: Kid, updates: tuple[Update, ...], now_ms: float) -> None:
-        """Take in an answer: who gave it has heard us."""
-        self._apply_all(updates, now_ms, source=source)
-        record = self._table.get(source)
-        if record is not None:
-            record.answered_ms = now_ms
 
     def _contradict(self, source: Kid, boot: int, now_ms: float) -> None:
         """Somebody we hold for dead talks: let it know, so that it can refute."""

@@ -14,7 +14,7 @@ Invariants:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from random import Random
 
 from manifold.kernel.membership.messages import Member, Meta, State, Update
@@ -33,8 +33,8 @@ class Record:
     """One node's row. `meta` may be of an older boot, or None: then it is not shown."""
 
     __slots__ = (
-        "answered_ms",
         "boot",
+        "heard_ms",
         "incarnation",
         "kid",
         "meta",
@@ -53,7 +53,7 @@ class Record:
         self.meta_boot = -1
         self.since_ms = now_ms
         self.rtt_ms: float | None = None
-        self.answered_ms = -math.inf  # when it last answered us: it hears us, and we hear it
+        self.heard_ms = -math.inf  # when its last message came
 
     @property
     def belief(self) -> Belief:
@@ -153,23 +153,6 @@ class Table:
 
     def expired(self, now_ms: float) -> list[Record]:
         return [r for r in self.records() if not r.live and now_ms - r.since_ms > FORGET_MS]
-
-    def with_latest(
-        self, drawn: Sequence[Record], count: int, *, without: str = ""
-    ) -> list[Record]:
-        """`drawn`, in which the node that answered us last takes a place if it has none.
-
-        Of the living that are not suspect; one of several places only, so that chance stays.
-        """
-        fitting = (
-            record
-            for record in self._records.values()
-            if record.state == State.ALIVE and record.meta is not None and record.kid != without
-        )
-        latest = max(fitting, key=lambda record: record.answered_ms, default=None)
-        if latest is None or latest.answered_ms == -math.inf or latest in drawn or count < 2:
-            return list(drawn)
-        return [*drawn[: count - 1], latest]
 
     def draw(
         self,

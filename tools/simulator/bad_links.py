@@ -1,8 +1,8 @@
 """False deaths where links are bad but nobody is gone: one-way cuts, flapping, loss, stolen time.
 
-Interface: `WEATHERS` names what links are like; `watch(weather, nodes, hours)` counts, by the
-node-hour, the processes that some node held dead while they ran; `detect` times the deaths that
-are true, in the same weather. Everything from seeds; an episode is a cluster of its own, so the
+Interface: `WEATHERS` names what links are like; `watch(scene, episodes)` counts the processes that
+some node held dead while they ran, and the node-hours; `detect` times the deaths that are true, in
+the same weather. Everything from seeds; an episode is a cluster of its own, so the
 random links differ between episodes.
 
 A death is false where the process runs and, in every span as long as the least suspicion, a
@@ -13,8 +13,9 @@ Source: docs/membership.md, "False deaths".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from manifold.kernel.config import MembershipConfig
@@ -22,16 +23,18 @@ from manifold.kernel.membership.messages import MemberChanged, Refuted, State
 from manifold.kernel.membership.protocol import Membership
 from manifold.tools.simulator.faults import Faults
 from manifold.tools.simulator.membership import membership_only
-from manifold.tools.simulator.protocols import Factory
+from manifold.tools.simulator.protocols import Protocols, Roster
 from manifold.tools.simulator.run import build
 from manifold.tools.simulator.world import Node, World
 
+FALSE_DEATHS_PER_NODE_HOUR_MAX = 0.05  # documented: docs/membership.md
 FOR_EVER_MS = 1e12
 CONVERGE_MS = 10_000.0
 EPISODE_MS = 600_000.0
 HOUR_MS = 3_600_000.0
 SETTLE_MS = 30_000.0  # of bad weather before a node is killed in it
 GONE_MS = 120_000.0  # four times the longest suspicion of 16 nodes
+EXAMPLES_MAX = 3
 STEAL = 0.3
 STALL_PERIOD_MS = (200.0, 1400.0)  # a stall is STEAL of it: 60 to 420 ms, on both sides of lag_ms
 
@@ -115,6 +118,14 @@ def flapping_node(period_ms: float, down_ms: float) -> Lay:
     return lay
 
 
+def together(*lays: Lay) -> Lay:
+    def lay(world: World, random: Random) -> None:
+        for each in lays:
+            each(world, random)
+
+    return lay
+
+
 WEATHERS = (
     Weather("links are well", _nothing),
     Weather("one one-way cut", one_way(0)),
@@ -135,6 +146,11 @@ WEATHERS = (
     Weather("5 % lost", _nothing, 0.05),
     Weather("10 % lost", _nothing, 0.10),
     Weather("20 % lost", _nothing, 0.20),
+    Weather(
+        "one-way cuts, one a node, a tenth of links flap, 5 % lost",
+        together(one_way(1), flapping(0.1, 10_000, 5_000)),
+        0.05,
+    ),
 )
 
 
@@ -179,11 +195,9 @@ class Witness:
         if death not in self._dead:
             self._dead.add(death)
             count.deaths += 1
-            if len(count.examples) < 3:
-                count.examples.append(
-                    f"seed {self._world.seed}, t={self._world.now_ms:.0f}: "
-                    f"node {viewer.index} buries node {subject.index}"
-                )
+            if len(count.examples) < EXAMPLES_MAX:
+                when = f"seed {self._world.seed}, t={self._world.now_ms:.0f} ms"
+                count.examples.append(f"{when}: node {viewer.index} buries node {subject.index}")
 
     def _refuted(self, node: Node, event: Refuted) -> None:
         self._count.refuted += 1
@@ -202,80 +216,69 @@ def steal(world: World, random: Random) -> None:
         world.at(random.uniform(0.0, STALL_PERIOD_MS[1]), stall, node)
 
 
-def _begin(
-    weather: Weather,
-    nodes: int,
-    seed: int,
-    stolen: bool,
-    machine: type[Membership],
-) -> World:
-    """A converged cluster, out in the weather."""
-    settings = MembershipConfig()
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A cluster and what is done to it. A mutant of `machine` must show in the counts."""
 
-    def quietly() -> Factory:
-        from dataclasses import replace
+    weather: Weather
+    nodes: int = 16
+    stolen: bool = False
+    machine: type[Membership] = Membership
 
-        return lambda roster: replace(membership_only(roster, settings, machine), checkers=[])
+    def begin(self, seed: int) -> World:
+        """A cluster that has converged, and is out in the weather."""
+        settings = MembershipConfig()
 
-    world, _ = build(seed, nodes, Faults(drop=weather.loss), quietly())
-    world.start_all()
-    world.run(CONVERGE_MS)
-    random = Random(f"{weather.name} {seed}")
-    weather.lay(world, random)
-    world.break_things()
-    if stolen:
-        steal(world, random)
-    return world
+        def unchecked(roster: Roster) -> Protocols:
+            """No checkers: theirs is what follows when faults end, and these stay."""
+            return replace(membership_only(roster, settings, self.machine), checkers=())
+
+        faults = Faults(drop=self.weather.loss)
+        world, _ = build(seed, self.nodes, faults, unchecked)
+        world.start_all()
+        world.run(CONVERGE_MS)
+        random = Random(f"{self.weather.name} {seed}")
+        self.weather.lay(world, random)
+        world.break_things()
+        if self.stolen:
+            steal(world, random)
+        return world
 
 
-def watch(
-    weather: Weather,
-    nodes: int,
-    episodes: int,
-    *,
-    seed: int = 1,
-    stolen: bool = False,
-    machine: type[Membership] = Membership,
-    episode_ms: float = EPISODE_MS,
-) -> Count:
+def watch(scene: Scene, episodes: int, *, seed: int = 1, episode_ms: float = EPISODE_MS) -> Count:
     """Count deaths told in `episodes` clusters in which nobody dies."""
     count = Count()
     for number in range(seed, seed + episodes):
-        world = _begin(weather, nodes, number, stolen, machine)
+        world = scene.begin(number)
         Witness(world, count)
         before = world.network.sent
         world.run(episode_ms)
         count.messages += world.network.sent - before
-        count.node_hours += nodes * episode_ms / HOUR_MS
+        count.node_hours += scene.nodes * episode_ms / HOUR_MS
     return count
 
 
-def detect(
-    weather: Weather,
-    nodes: int,
-    kills: int,
-    *,
-    seed: int = 1,
-    stolen: bool = False,
-    machine: type[Membership] = Membership,
-) -> tuple[Sequence[float], Sequence[float]]:
-    """Seconds from a true end until the first and until every other node holds it for dead."""
-    first: list[float] = []
-    every: list[float] = []
-    for number in range(seed, seed + kills):
-        world = _begin(weather, nodes, number, stolen, machine)
-        world.run(SETTLE_MS)
-        victim = Random(number).choice(world.nodes)
-        world.crash(victim)
-        ended_ms = world.now_ms
-        known: dict[int, float] = {}
+def detect(scene: Scene, kills: int, *, seed: int = 1) -> tuple[list[float], list[float]]:
+    """Seconds from a true end until the first and until every other node holds it for dead.
 
-        def changed(viewer: Node, event: MemberChanged) -> None:
-            if event.member.kid == victim.kid and event.member.state == State.DEAD:  # noqa: B023
-                known.setdefault(viewer.index, world.now_ms - ended_ms)  # noqa: B023
+    Sorted; infinite where that is not within `GONE_MS`. A node that hears few may be the last.
+    """
+    took = [_kill_one(scene.begin(number), number) for number in range(seed, seed + kills)]
+    return sorted(first for first, _ in took), sorted(every for _, every in took)
 
-        world.on_notify.setdefault(MemberChanged, []).append(changed)
-        took = world.run_until(lambda: len(known) == nodes - 1, GONE_MS)  # noqa: B023
-        first.append(min(known.values(), default=float("inf")) / 1000)
-        every.append(max(known.values()) / 1000 if took is not None else float("inf"))
-    return sorted(first), sorted(every)
+
+def _kill_one(world: World, seed: int) -> tuple[float, float]:
+    world.run(SETTLE_MS)
+    victim = Random(seed).choice(world.nodes)
+    world.crash(victim)
+    ended_ms = world.now_ms
+    known_s: dict[int, float] = {}
+
+    def changed(viewer: Node, event: MemberChanged) -> None:
+        if event.member.kid == victim.kid and event.member.state == State.DEAD:
+            known_s.setdefault(viewer.index, (world.now_ms - ended_ms) / 1000)
+
+    world.on_notify.setdefault(MemberChanged, []).append(changed)
+    took = world.run_until(lambda: len(known_s) == len(world.nodes) - 1, GONE_MS)
+    every_s = max(known_s.values()) if took is not None else math.inf
+    return min(known_s.values(), default=math.inf), every_s

@@ -1,8 +1,8 @@
 """The network between the nodes: loss, duplicates, order, delay, cuts, partitions, clogs.
 
 `routes` says after how many milliseconds each copy of a message arrives: none for a lost one.
-Cuts are one-way and end by themselves. A link that flaps is up and down by turns. A clogged node's messages wait, in both directions, and
-arrive in a random order once it is free.
+Cuts are one-way and end by themselves. A link that flaps is up and down by turns. A clogged node's
+messages wait, in both directions, and arrive in a random order once it is free.
 """
 
 from __future__ import annotations
