@@ -273,10 +273,11 @@ class Drain(msgspec.Struct, frozen=True, array_like=True, tag="u.drain"):
 
 
 class SettleVoters(msgspec.Struct, frozen=True, array_like=True, tag="u.settle"):
-    """See to it that none of `leaving` votes. Answered by `VotersSettled`."""
+    """See to it that none of `leaving` votes, within `timeout_ms`. Answered by `VotersSettled`."""
 
     number: int
     leaving: tuple[Kid, ...]
+    timeout_ms: float = 30_000.0
 
 
 class VotersSettled(msgspec.Struct, frozen=True, array_like=True, tag="u.settled"):

@@ -98,6 +98,14 @@ class Drivers:
             quiet: Finish = lambda status, why, missing: None  # noqa: E731
             self._begin(Drive(None, self._until(5 * STEP_MS), quiet))
 
+    def adopted(self, config: Config) -> None:
+        """Somebody else has come further: nobody answers the step that we are at any more."""
+        drive = self.drive
+        if drive is None or drive.config is None or drive.step in ("read", "write"):
+            return
+        if config.epoch > drive.config.epoch:
+            self._again(drive)
+
     def _until(self, timeout_ms: float) -> float:
         return self._context.now_ms + timeout_ms
 
