@@ -99,7 +99,7 @@ class Nexus:
             config = sealed
         self.proposer = Proposer(self.context, config)
         self.forwarding = Forwarding(self.context, self.proposer)
-        self.drivers = Drivers(self.context, self.proposer)
+        self.drivers = Drivers(self.context, self.proposer, self.forwarding.live)
         self.collector = Collector(self.context, self.proposer)
         self.leases = Leases(self.context, self.proposer)
         self.watches = Watches(self.context, self.proposer, self._changed)

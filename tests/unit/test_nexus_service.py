@@ -453,6 +453,32 @@ def test_a_change_that_somebody_else_brings_further_is_read_again_at_once() -> N
     assert [answer.status for answer in bench.replies] == ["ok"]
 
 
+def seen_half_done(bench: Bench) -> float:
+    """How long after it has first read a joint configuration it goes on with it, in seconds."""
+    joint = CONFIG.toward(CONFIG.new[:2])
+    bench.hear(KIDS[0], Tell(5, joint))
+    bench.sent.clear()
+    found_ms: list[float] = []
+    while not any(isinstance(send.message, Seal) for send in bench.sent):
+        assert bench.now_ms < 300_000.0, "it never goes on"
+        if any(isinstance(send.message, Read) for send in bench.sent):
+            found_ms.append(bench.now_ms)
+            journal(bench, joint)
+        else:
+            bench.sent.clear()
+            bench.wait(5.0)
+    return (bench.now_ms - found_ms[0]) / 1000
+
+
+def test_who_finds_a_change_half_done_takes_turns_with_the_others() -> None:
+    """Else all of them write every key again at once, and on a busy host none comes to an end."""
+    alone, last = Bench(), Bench()
+    assert seen_half_done(alone) < 1.0
+    for kid in KIDS:
+        last.up(kid)
+    assert 35.0 <= seen_half_done(last) < 50.0  # three voters before it: 5 s * (2^3 - 1)
+
+
 def test_everybody_who_is_up_is_told_who_votes_now() -> None:
     bench = Bench()
     others = {kid_of(b"one"), kid_of(b"two")}
