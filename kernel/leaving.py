@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from manifold.kernel.membership.messages import State
-from manifold.kernel.messages import SettleVoters, VotersSettled
+from manifold.kernel.messages import Leaves, SettleVoters, VotersSettled
 from manifold.kernel.nexus import seating
 from manifold.kernel.nexus.messages import Answer, SetVoters
 from manifold.vm.kid import Kid
@@ -73,6 +73,8 @@ class Leaving:
         node = self._node
         node.core.scheduler.runner.cordoned = True
         node.perform(node.core.leave(node.now_ms()))
+        for client, _ in node.bus.clients():
+            node.bus.send(client, Leaves())
         node.loop.call_later(LEAVE_S, node.end, 0, "left the cluster")
 
     def close(self) -> None:

@@ -185,6 +185,10 @@ class Bye(msgspec.Struct, frozen=True, array_like=True, tag="n.bye"):
     """A client leaves; no answer."""
 
 
+class Leaves(msgspec.Struct, frozen=True, array_like=True, tag="n.leaves"):
+    """To each client of a node that leaves, unasked: it ends within a second, look for another."""
+
+
 Message = (
     GetNode
     | NodeInfo
@@ -207,6 +211,7 @@ Message = (
     | Links
     | Done
     | Bye
+    | Leaves
 )
 
 # Every message type that may arrive at a node or a client: the one vocabulary of the bus.

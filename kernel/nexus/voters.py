@@ -125,7 +125,7 @@ class Drivers:
         first = [kid for kid in sorted(config.kids()) if kid in live or kid == self._context.me]
         me = self._context.me
         rank = first.index(me) if me in first else len(first)
-        return now_ms - self._seen[1] >= self._context.timing.resume_ms * (2**rank - 1)
+        return now_ms - self._seen[1] >= self._context.timing.resume_ms * ((1 << rank) - 1)
 
     def _until(self, timeout_ms: float) -> float:
         return self._context.now_ms + timeout_ms

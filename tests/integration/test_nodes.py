@@ -11,9 +11,11 @@ import pytest
 
 from manifold.kernel.errors import NotFound, Refused
 from manifold.kernel.geode.messages import Demand
+from manifold.kernel.messages import GetNode
 from manifold.kernel.nexus.messages import GetNexus, NexusInfo
 from manifold.kernel.process import throttle
 from manifold.shells.sdk import Client
+from manifold.shells.sdk.connection import LOOK_S
 from manifold.tools.emulator.testing import TestCluster
 
 Start = Callable[..., TestCluster]
@@ -119,6 +121,19 @@ def test_a_node_that_leaves_hands_its_job_over(manifold_clusters: Start) -> None
 
     until(ended, "somebody else ends it")
     assert asker.status(future.job).done == 2000
+
+
+def test_a_client_of_a_node_that_leaves_is_told_so_and_asks_another(
+    manifold_clusters: Start,
+) -> None:
+    cluster = manifold_clusters(3)
+    leaves = cluster.aliases[0]
+    client = cluster.client(leaves)
+    assert client.ask(GetNode()).alias == leaves
+    cluster.remove(leaves)
+    began_s = time.monotonic()
+    assert client.ask(GetNode()).alias in cluster.aliases
+    assert time.monotonic() - began_s < LOOK_S, "it has waited as for a node that may be busy"
 
 
 def test_a_node_that_leaves_is_gone_for_everybody_and_its_name_with_it(
