@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from manifold.kernel.membership.messages import State
-from manifold.kernel.messages import SettleVoters, VotersSettled
+from manifold.kernel.messages import Leaves, SettleVoters, VotersSettled
 from manifold.kernel.nexus import seating
 from manifold.kernel.nexus.messages import Answer, SetVoters
 from manifold.vm.kid import Kid
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("manifold.node")
 
 LEAVE_S = 0.3  # after saying goodbye, the time for it to reach others
-CHANGE_MS = 5000.0  # of one change of voters: a majority answers in a few ms, or is not there
-TRIES_MAX = 4  # somebody else changes them at the same time, and again: three such are bad luck
+CHANGE_MS = 5000.0  # of the first try to change voters: it takes a few ms. Twice as long each time
+REFUSALS_MAX = 4  # somebody else changes them at the same time, and again: three such are bad luck
 RETRY_S = 0.2  # a change of somebody else takes a few round trips
 
 
@@ -72,6 +73,8 @@ class Leaving:
         node = self._node
         node.core.scheduler.runner.cordoned = True
         node.perform(node.core.leave(node.now_ms()))
+        for client, _ in node.bus.clients():
+            node.bus.send(client, Leaves())
         node.loop.call_later(LEAVE_S, node.end, 0, "left the cluster")
 
     def close(self) -> None:
@@ -82,22 +85,27 @@ class Leaving:
     # -- voters ---------------------------------------------------------------------------------
 
     async def settle(self, wish: SettleVoters) -> None:
-        """None of those who leave votes any more: others do. The supervisor is told."""
-        why, voters = "", list[Kid]()
-        for _ in range(TRIES_MAX):
+        """None of those who leave votes any more: others do. The supervisor is told.
+
+        What was late is tried on, since a host that is overloaded is late and not gone; unless all
+        that did not answer are known to be gone.
+        """
+        why, voters, refusals, change_ms = "", list[Kid](), 0, CHANGE_MS
+        late_s = self._node.loop.time() + wish.timeout_ms / 1000
+        while (left_ms := (late_s - self._node.loop.time()) * 1000) > 0:
             config = self._node.core.nexus.config
             if config is None:
                 self._node.tell(VotersSettled(wish.number, True))
                 return
             voters = [Kid(voter.kid) for voter in config.new]
             members = self._node.core.membership.members()
-            known = {each.kid: each.meta.labels for each in members}
-            target = seating.settle(voters, wish.leaving, self._candidates(), known)
+            labels = {each.kid: each.meta.labels for each in members}
+            target = seating.settle(voters, wish.leaving, self._candidates(), labels)
             if not target:
                 self._node.tell(VotersSettled(wish.number, False, why="nobody else can vote"))
                 return
             # Also where it seems that nothing changes: who votes is known once they were asked.
-            wanted = SetVoters(tuple(target), CHANGE_MS, config.epoch)
+            wanted = SetVoters(tuple(target), min(change_ms, left_ms), config.epoch)
             answer = await self._node.consulting.ask(wanted)
             assert isinstance(answer, Answer), "a change of voters is answered by one"
             if answer.status == "ok":
@@ -105,10 +113,21 @@ class Leaving:
                 return
             silent = ", ".join(self._alias(kid) for kid in answer.missing)
             why = (answer.why or answer.status) + (f" No answer from {silent}." if silent else "")
-            if answer.status not in ("refused", "busy"):  # by somebody else's change
+            refusals += answer.status == "refused"
+            known = self._node.core.nexus.config
+            news = known is not None and known.epoch != config.epoch
+            if refusals == REFUSALS_MAX or (self._gone(answer.missing) and not news):
                 break
-            await asyncio.sleep(RETRY_S)
+            change_ms *= 2
+            await asyncio.sleep(min(RETRY_S, left_ms / 1000))
         self._node.tell(VotersSettled(wish.number, False, tuple(voters), why))
+
+    def _gone(self, silent: Sequence[str]) -> bool:
+        """Whether somebody did not answer, and nobody of them can be expected to."""
+        members = [self._node.core.membership.get(Kid(kid)) for kid in silent]
+        return bool(members) and all(
+            member is not None and member.state in (State.DEAD, State.LEFT) for member in members
+        )
 
     def _alias(self, kid: str) -> str:
         member = self._node.core.membership.get(Kid(kid))

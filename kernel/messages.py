@@ -198,6 +198,10 @@ class Bye(msgspec.Struct, frozen=True, array_like=True, tag="n.bye"):
     """A client leaves; no answer."""
 
 
+class Leaves(msgspec.Struct, frozen=True, array_like=True, tag="n.leaves"):
+    """To each client of a node that leaves, unasked: it ends within a second, look for another."""
+
+
 Message = (
     GetNode
     | NodeInfo
@@ -221,6 +225,7 @@ Message = (
     | Links
     | Done
     | Bye
+    | Leaves
 )
 
 # Every message type that may arrive at a node or a client: the one vocabulary of the bus.
@@ -288,10 +293,11 @@ class Drain(msgspec.Struct, frozen=True, array_like=True, tag="u.drain"):
 
 
 class SettleVoters(msgspec.Struct, frozen=True, array_like=True, tag="u.settle"):
-    """See to it that none of `leaving` votes. Answered by `VotersSettled`."""
+    """See to it that none of `leaving` votes, within `timeout_ms`. Answered by `VotersSettled`."""
 
     number: int
     leaving: tuple[Kid, ...]
+    timeout_ms: float = 30_000.0
 
 
 class VotersSettled(msgspec.Struct, frozen=True, array_like=True, tag="u.settled"):

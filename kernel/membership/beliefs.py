@@ -96,10 +96,31 @@ class Beliefs:
         return Update(self.me.kid, self.me.boot, self.incarnation, self.state, "", meta)
 
     def _apply_all(
-        self, updates: tuple[Update, ...], now_ms: float, *, quiet: bool = False
+        self,
+        updates: tuple[Update, ...],
+        now_ms: float,
+        *,
+        source: Kid | None = None,
+        quiet: bool = False,
     ) -> None:
+        """Merge what `source` told; where it is None, it gets our whole table anyway."""
         for update in updates:
             self._apply(update, now_ms, quiet=quiet)
+            if source is not None and update.state in (State.SUSPECT, State.DEAD):
+                self._correct(source, update, now_ms)
+
+    def _correct(self, source: Kid, update: Update, now_ms: float) -> None:
+        """Who still tells an accusation that was refuted has missed the refutation: tell it so."""
+        if update.kid == self.me.kid:
+            known, refuted = self._myself(), self.state == State.ALIVE
+        else:
+            record = self._table.get(update.kid)
+            if record is None or record.meta is None:
+                return
+            known, refuted = record.update(), record.state == State.ALIVE
+        later = (known.boot, known.incarnation) > (update.boot, update.incarnation)
+        if refuted and later and self._seldom(f"correct {update.kid}", source, now_ms):
+            self._out.append(Send(source, Gossip(self.me.boot, (known,))))
 
     def _apply(self, update: Update, now_ms: float, *, quiet: bool = False) -> None:
         """Merge one belief (M3), and pass on what was news."""

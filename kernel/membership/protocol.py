@@ -33,7 +33,8 @@ import msgspec
 
 from manifold.kernel.config import MembershipConfig
 from manifold.kernel.effects import Effect, Notify, Persist, Plane, Send, SetTimer
-from manifold.kernel.membership.beliefs import ENDED_ESCALATIONS, Beliefs
+from manifold.kernel.membership.beliefs import ENDED_ESCALATIONS
+from manifold.kernel.membership.judging import NACK_PART, Judging
 from manifold.kernel.membership.messages import (
     COUNTER_MAX,
     PART_UPDATES,
@@ -64,12 +65,10 @@ ENDED_MAX = 256  # processes of this host whose end was reported
 RECONNECT_PROBES = 10  # one of the dead is tried each 10 probe intervals, over the cluster
 LEAVE_FAN_OUT = 8  # told directly of our leaving; gossip does the rest
 LAG_PART = 0.25  # lag below this part of `lag_ms` is every busy loop's
-NACK_PART = 0.8  # a relay says nack after this part of the time it was given (Lifeguard 4.1)
-WARNINGS = 4  # suspects warned by their accuser in each probe interval
 LARGE_CLUSTER = 32  # above, full exchanges are made more rarely
 
 
-class Membership(Beliefs):
+class Membership(Judging):
     """Who is there, as seen by one node. `incarnation` is the one saved last (0: none)."""
 
     def __init__(
@@ -89,7 +88,6 @@ class Membership(Beliefs):
         self._relays: dict[int, Relay] = {}
         self._requests: dict[int, tuple[int, str]] = {}  # seq -> (incarnation, seed or "")
         self._first_seq = -1
-        self._seq = int(random.random() * (1 << 30))  # an answer to a former process must not fit
         self._probe_due_ms = math.inf
         self._exchange_due_ms = math.inf
         self._reconnect_due_ms = math.inf
@@ -116,6 +114,9 @@ class Membership(Beliefs):
         if not self._running:
             return []
         self._enter(now_ms)
+        record = self._table.get(source)
+        if record is not None:
+            record.heard_ms = now_ms
         if source == self.me.kid:
             if isinstance(message, PushPull):
                 self._seeds.is_us(message.via)
@@ -127,10 +128,10 @@ class Membership(Beliefs):
                 news = self._packet(source, message.boot)
                 self._out.append(Send(source, Ack(message.seq, self.me.boot, news), plane))
             case Ack():
-                self._apply_all(message.updates, now_ms)
+                self._apply_all(message.updates, now_ms, source=source)
                 self._acknowledged(source, message, now_ms)
             case Nack():
-                self._apply_all(message.updates, now_ms)
+                self._apply_all(message.updates, now_ms, source=source)
                 self._nacked(source, message.seq)
             case PingReq():
                 self._hear(source, message.boot, message.updates, now_ms)
@@ -176,6 +177,7 @@ class Membership(Beliefs):
         self.state, self._since_ms, self._members = State.LEFT, now_ms, None
         self._probe = None
         self._suspicions.clear()
+        self._hearings.clear()
         self._relays.clear()
         for record in self._table.draw(self._random, LEAVE_FAN_OUT):
             self._out.append(Send(record.kid, Leave(self.me.boot, self.incarnation)))
@@ -241,6 +243,7 @@ class Membership(Beliefs):
             self._probe = None
             self._probe_due_ms = now_ms + self.config.probe_ms * self._random.random()
         self._relays.clear()
+        self._hearings.clear()  # they begin again: the time to answer was ours to lose
         for suspicion in self._suspicions.values():
             suspicion.started_ms += lag_ms
             suspicion.deadline_ms += lag_ms
@@ -277,8 +280,7 @@ class Membership(Beliefs):
             due_ms = probe.end_ms if probe.indirect else probe.ack_due_ms
         due_ms = min(due_ms, self._gossip_due_ms, self._seeds.due_ms)
         due_ms = min(due_ms, self._exchange_due_ms, self._reconnect_due_ms)
-        for suspicion in self._suspicions.values():
-            due_ms = min(due_ms, suspicion.deadline_ms)
+        due_ms = min(due_ms, self._judging_due_ms())
         for relay in self._relays.values():
             due_ms = min(due_ms, relay.due_ms)
         return due_ms
@@ -287,15 +289,11 @@ class Membership(Beliefs):
         record = IncarnationRecord(self.incarnation)
         return Persist("incarnation", msgspec.msgpack.encode(record))
 
-    def _next_seq(self) -> int:
-        self._seq += 1
-        return self._seq
-
     # Hearing from others.
 
     def _hear(self, source: Kid, boot: int, updates: tuple[Update, ...], now_ms: float) -> None:
         """Take in the news of a message; a sender we do not know is asked who it is."""
-        self._apply_all(updates, now_ms)
+        self._apply_all(updates, now_ms, source=source)
         record = self._table.get(source)
         unknown = record is None or record.meta is None or boot > record.boot
         if unknown and self.state == State.ALIVE and self._seldom("ask", source, now_ms):
@@ -342,33 +340,18 @@ class Membership(Beliefs):
         news = self._packet(record.kid, record.boot)
         self._out.append(Send(record.kid, Ping(self._probe.seq, self.me.boot, False, news)))
 
-    def _warn_suspects(self) -> None:
-        """Tell a few of those we accused ourselves: our news of it may have been lost.
-
-        Without this a node whose accusations went into a partition would wait for the suspect's
-        next turn in the ring, or bury it.
-        """
-        mine = [kid for kid, s in self._suspicions.items() if self.me.kid in s.accusers]
-        for kid in self._random.sample(mine, min(WARNINGS, len(mine))):
-            record = self._table.get(kid)
-            if record is not None:
-                about = self._about(record, record.boot)
-                self._out.append(Send(kid, Gossip(self.me.boot, about)))
-
     def _probe_indirectly(self, probe: Probe, now_ms: float) -> None:
         """Ask relays, and try the second transport ourselves."""
         given_ms = max(probe.end_ms - probe.ack_due_ms, self.config.ack_ms)
         probe.end_ms = max(probe.end_ms, now_ms + given_ms)  # M4: the relays get their full time
         self._probe_due_ms = max(self._probe_due_ms, probe.end_ms)
-        drawn = self._table.draw(self._random, self.config.indirect, without=probe.target)
-        relays = [record for record in drawn if record.state == State.ALIVE]
-        probe.relays = tuple(record.kid for record in relays)
+        probe.relays = self._relays_for(probe.target)
         probe.data_seq = self._next_seq()
-        for record in relays:
-            news = self._packet(record.kid, record.boot)
+        for relay in probe.relays:
+            news = self._packet(relay, COUNTER_MAX)
             nack_ms = given_ms * NACK_PART
             ask = PingReq(probe.seq, self.me.boot, probe.target, nack_ms, news)
-            self._out.append(Send(record.kid, ask))
+            self._out.append(Send(relay, ask))
         news = self._packet(probe.target, probe.boot)
         ping = Ping(probe.data_seq, self.me.boot, True, news)
         self._out.append(Send(probe.target, ping, Plane.DATA))
@@ -392,6 +375,8 @@ class Membership(Beliefs):
             news = self._packet(relay.origin, COUNTER_MAX)
             self._out.append(Send(relay.origin, Ack(relay.origin_seq, message.boot, news)))
             return
+        if self._hearings and self._testified(source, message, now_ms):
+            return
         probe = self._probe
         if probe is None or message.seq not in (probe.seq, probe.data_seq):
             return
@@ -412,6 +397,9 @@ class Membership(Beliefs):
                 self._members = None
 
     def _nacked(self, source: Kid, seq: int) -> None:
+        hearing = self._hearing_of(source, seq)
+        if hearing is not None and source not in hearing.nacked:
+            hearing.nacked.append(source)
         probe = self._probe
         if probe is None or probe.seq != seq or source not in probe.relays:
             return
@@ -444,14 +432,6 @@ class Membership(Beliefs):
             relay.nacked = True
             news = self._packet(relay.origin, COUNTER_MAX)
             self._out.append(Send(relay.origin, Nack(relay.origin_seq, news)))
-
-    def _judge(self, now_ms: float) -> None:
-        """Suspects who let their time pass are dead."""
-        for kid, suspicion in list(self._suspicions.items()):
-            record = self._table.get(kid)
-            if record is not None and now_ms >= suspicion.deadline_ms:
-                dead = Update(kid, record.boot, record.incarnation, State.DEAD, self.me.kid)
-                self._apply(dead, now_ms)
 
     # Full exchanges: joining, repairing, meeting again.
 

@@ -58,3 +58,9 @@ class Suspicion:
         due_ms = self.started_ms + timeout_ms(config, nodes, confirmations)
         self.deadline_ms = min(self.deadline_ms, due_ms)  # U1, U2
         return True
+
+    def renew(self, now_ms: float, config: MembershipConfig, nodes: int) -> None:
+        """A sign of life, though no refutation yet: the time begins again, accusers count on."""
+        confirmations = len(self.accusers) - 1
+        self.started_ms = now_ms
+        self.deadline_ms = now_ms + timeout_ms(config, nodes, confirmations)

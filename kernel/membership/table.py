@@ -13,6 +13,7 @@ Invariants:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from random import Random
 
@@ -31,7 +32,17 @@ _STATES = tuple(State)  # indexed: calling the enum costs ten times as much
 class Record:
     """One node's row. `meta` may be of an older boot, or None: then it is not shown."""
 
-    __slots__ = ("boot", "incarnation", "kid", "meta", "meta_boot", "rtt_ms", "since_ms", "state")
+    __slots__ = (
+        "boot",
+        "heard_ms",
+        "incarnation",
+        "kid",
+        "meta",
+        "meta_boot",
+        "rtt_ms",
+        "since_ms",
+        "state",
+    )
 
     def __init__(self, kid: Kid, now_ms: float) -> None:
         self.kid = kid
@@ -42,6 +53,7 @@ class Record:
         self.meta_boot = -1
         self.since_ms = now_ms
         self.rtt_ms: float | None = None
+        self.heard_ms = -math.inf  # when its last message came
 
     @property
     def belief(self) -> Belief:
@@ -145,18 +157,25 @@ class Table:
         return [r for r in self.records() if not r.live and now_ms - r.since_ms > FORGET_MS]
 
     def draw(
-        self, random: Random, count: int, *, without: str = "", dead_since_ms: float | None = None
+        self,
+        random: Random,
+        count: int,
+        *,
+        without: str = "",
+        dead_since_ms: float | None = None,
+        alive: bool = False,
     ) -> list[Record]:
         """Up to `count` different reachable nodes at random, never `without`.
 
-        Living ones, and those that died after `dead_since_ms` where that is given.
+        Living ones (`alive`: none that is suspect), and those that died after `dead_since_ms`
+        where that is given.
         """
 
         def fits(record: Record) -> bool:
             if record.meta is None or record.kid == without:
                 return False
             if record.live:
-                return True
+                return not alive or record.state == State.ALIVE
             recent = dead_since_ms is not None and record.since_ms >= dead_since_ms
             return recent and record.state == State.DEAD
 

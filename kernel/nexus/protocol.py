@@ -99,7 +99,7 @@ class Nexus:
             config = sealed
         self.proposer = Proposer(self.context, config)
         self.forwarding = Forwarding(self.context, self.proposer)
-        self.drivers = Drivers(self.context, self.proposer)
+        self.drivers = Drivers(self.context, self.proposer, self.forwarding.live)
         self.collector = Collector(self.context, self.proposer)
         self.leases = Leases(self.context, self.proposer)
         self.watches = Watches(self.context, self.proposer, self._changed)
@@ -175,7 +175,7 @@ class Nexus:
                 self.watches.unwatch(client, key)
             case Initialise(voters=voters, timeout_ms=timeout_ms):
                 kids = [Kid(kid) for kid in voters]
-                self.drivers.initialise(kids, timeout_ms, self._finish(client, first=True))
+                self.drivers.initialise(kids, timeout_ms, self._finish(client))
             case SetVoters():
                 self._set_voters(client, message)
             case List():
@@ -207,6 +207,8 @@ class Nexus:
     def node_down(self, kid: Kid, now_ms: float) -> list[Effect]:
         self.context.now_ms = now_ms
         self.forwarding.node_down(kid)
+        self._ask_ms = ASK_MS
+        self._seek()
         return self._close()
 
     # -- what others ask --------------------------------------------------------------------------
@@ -294,7 +296,7 @@ class Nexus:
 
         return answer
 
-    def _finish(self, client: int, *, first: bool = False) -> Finish:
+    def _finish(self, client: int) -> Finish:
         def finish(status: str, why: str, missing: tuple[Kid, ...]) -> None:
             silent = tuple(str(kid) for kid in missing)
             if status == "ok":
@@ -304,8 +306,9 @@ class Nexus:
                 self.context.reply(client, answer)
             else:
                 self.context.reply(client, Answer("refused", strength="none", why=why))
-            if status == "ok" and first and self.config is not None:
-                for kid in self.forwarding.live():  # once: else they would find it out by and by
+            if status == "ok" and self.config is not None:
+                # Else they would find it out by and by, or never where all former voters leave.
+                for kid in self.forwarding.live():
                     if kid != self.context.me:
                         self.context.send(kid, Tell(self.context.rid(), self.config))
 
@@ -332,6 +335,8 @@ class Nexus:
         config, sealed = self.proposer.config, self.acceptor.config
         if config is not None and sealed is not None and sealed.epoch < config.epoch:
             self.context.send(self.context.me, Seal(self.context.rid(), config))
+        if config is not None:
+            self.drivers.adopted(config)
         self.watches.adopted()
         if self.acceptor.votes:
             self._save = True
@@ -361,14 +366,20 @@ class Nexus:
     def _looks_after(self) -> bool:
         return self.acceptor.votes or (self.config is not None and self.config.joint)
 
+    @property
+    def _lost(self) -> bool:
+        """Whether no quorum that this node knows of is there: perhaps others vote by now."""
+        config = self.config
+        return config is None or not config.quorum(self.forwarding.live())
+
     def _seek(self) -> None:
-        if self.config is None and not self._asking and len(self.forwarding.live()) > 1:
+        if not self._asking and len(self.forwarding.live()) > 1 and self._lost:
             self._asking = True
             self.context.later(self._ask_ms, self._ask)
 
     def _ask(self, _now_ms: float) -> None:
         self._asking = False
-        if self.config is not None:
+        if not self._lost:
             return
         others = [kid for kid in self.forwarding.live() if kid != self.context.me]
         if others:

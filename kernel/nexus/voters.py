@@ -9,6 +9,7 @@ compare-and-swap of its version, so of two drivers one wins each step and the ot
 there. Steps: read the register; greet who is new; write e+1; seal it at a majority of the old and
 of the new ones; install the highest floors at a majority of the new ones; propose every key again
 by joint quorum, the config register among them; write e+2; seal it at a majority of the new ones.
+Who only finds a change takes turns (`_our_turn`); who was asked for one drives at once.
 Invariants:
   R1  a configuration is sealed only once it is chosen in the register;
   R2  e+2 is written only after every key that a quorum of e may have chosen was written by a joint
@@ -75,10 +76,14 @@ class Drive:
 class Drivers:
     """This node as driver: one drive at a time."""
 
-    def __init__(self, context: Context, proposer: Proposer) -> None:
+    def __init__(
+        self, context: Context, proposer: Proposer, live: Callable[[], Sequence[Kid]]
+    ) -> None:
         self._context = context
         self._proposer = proposer
+        self._live = live
         self.drive: Drive | None = None
+        self._seen = (-1, 0.0)  # the epoch of the joint configuration found last, and when
 
     # -- what begins a drive ----------------------------------------------------------------------
 
@@ -97,6 +102,30 @@ class Drivers:
         if self.drive is None and self._proposer.config is not None:
             quiet: Finish = lambda status, why, missing: None  # noqa: E731
             self._begin(Drive(None, self._until(5 * STEP_MS), quiet))
+
+    def adopted(self, config: Config) -> None:
+        """Somebody else has come further: nobody answers the step that we are at any more."""
+        drive = self.drive
+        if drive is None or drive.config is None or drive.step in ("read", "write"):
+            return
+        if config.epoch > drive.config.epoch:
+            self._again(drive)
+
+    def _our_turn(self, config: Config) -> bool:
+        """Whether we go on with a joint configuration that somebody did not bring to an end.
+
+        The first of its live voters does so at once, the next one after `resume_ms`, then 3 and 7
+        times as long; who has no vote comes last. If all did so at once, each would write every
+        key again against all others: on a host that is overloaded none would come to an end.
+        """
+        now_ms = self._context.now_ms
+        if self._seen[0] != config.epoch:
+            self._seen = (config.epoch, now_ms)
+        live = self._live()
+        first = [kid for kid in sorted(config.kids()) if kid in live or kid == self._context.me]
+        me = self._context.me
+        rank = first.index(me) if me in first else len(first)
+        return now_ms - self._seen[1] >= self._context.timing.resume_ms * ((1 << rank) - 1)
 
     def _until(self, timeout_ms: float) -> float:
         return self._context.now_ms + timeout_ms
@@ -176,6 +205,8 @@ class Drivers:
         drive.config = config
         if self._overtaken(drive, config):
             self._end(drive, "refused", OVERTAKEN)
+        elif drive.target is None and config.joint and not self._our_turn(config):
+            self._end(drive, "ok", "")
         elif config.joint or (drive.target is None and result.data is not None):
             self._enter(drive, "seal")
         elif drive.target is None:

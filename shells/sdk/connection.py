@@ -23,11 +23,12 @@ from manifold.kernel.errors import ManifoldError, NoCluster, Unavailable
 from manifold.kernel.hyperbus.door import knock
 from manifold.kernel.hyperbus.driver import Bus, Incoming
 from manifold.kernel.hyperbus.messages import CLIENT_PREFIX, VERSION, Hello, Welcome
-from manifold.kernel.messages import DECODER, Bye
+from manifold.kernel.messages import DECODER, Bye, Leaves
 
 DOOR_TIMEOUT_MS = 1000.0
 REQUEST_TIMEOUT_MS = 10_000.0
 LOOK_S = 2.0  # without an answer for so long: does our node live?
+GOODBYE_S = 0.4  # after its goodbye our node ends, once it has answered what it still can
 LOOKS_MAX = 3  # that find nobody, one after the other: it is gone; a busy one may miss one
 
 T = TypeVar("T")
@@ -64,6 +65,7 @@ class Connection:
         self._lock = threading.Lock()
         self.attached: Welcome | None = None
         self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+        self._goodbye: asyncio.Future[None] = self.loop.create_future()  # our node leaves
         self._thread = threading.Thread(target=self._serve, name="manifold-client", daemon=True)
         self._thread.start()
         try:
@@ -121,6 +123,8 @@ class Connection:
                 error = refused
                 continue
             self.attached = welcome
+            if self._goodbye.done():
+                self._goodbye = self.loop.create_future()
             self.bus.learn(welcome.source, welcome.address)
             return welcome
         raise error
@@ -138,8 +142,7 @@ class Connection:
         if destination in (self.attached.alias, self.attached.source):
             destination = ""
         answer = self.bus.request(self.attached.source, body, timeout_ms, destination=destination)
-        done, _ = await asyncio.wait((answer,), timeout=min(LOOK_S, timeout_ms / 1000))
-        if done or timeout_ms <= LOOK_S * 1000 or await self.lives():
+        if await self._answered_or_lives(answer, timeout_ms / 1000):
             return await answer
         answer.cancel()
         await self.attach(self.attached.address)
@@ -147,6 +150,22 @@ class Connection:
         return await self.bus.request(
             self.attached.source, body, timeout_ms, destination=destination
         )
+
+    async def _answered_or_lives(self, answer: asyncio.Future[Any], timeout_s: float) -> bool:
+        """Whether to wait for `answer` on: False once our node is found to have ended.
+
+        It is looked for after `LOOK_S`, and again and again once it has said goodbye.
+        """
+        goodbye = self._goodbye
+        look_s = min(LOOK_S, timeout_s)
+        await asyncio.wait((answer, goodbye), timeout=look_s, return_when=asyncio.FIRST_COMPLETED)
+        if not goodbye.done():
+            return answer.done() or timeout_s <= LOOK_S or await self.lives()
+        while not answer.done():
+            await asyncio.wait((answer,), timeout=GOODBYE_S)
+            if not answer.done() and not await self.lives():
+                return False
+        return True
 
     async def look(self, body: msgspec.Struct, timeout_ms: float, destination: str) -> Any:
         """As `request`, for what looks at one node for long and is asked of no other instead.
@@ -203,6 +222,11 @@ class Connection:
         return welcome.source == self.attached.source and welcome.boot == self.attached.boot
 
     def _arrived(self, incoming: Incoming) -> None:
+        if isinstance(incoming.body, Leaves):
+            ours = self.attached is not None and incoming.source == self.attached.source
+            if ours and not self._goodbye.done():
+                self._goodbye.set_result(None)
+            return
         self._on_push(incoming.body)
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:

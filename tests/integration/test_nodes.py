@@ -11,9 +11,11 @@ import pytest
 
 from manifold.kernel.errors import NotFound, Refused
 from manifold.kernel.geode.messages import Demand
+from manifold.kernel.messages import GetNode
 from manifold.kernel.nexus.messages import GetNexus, NexusInfo
 from manifold.kernel.process import throttle
 from manifold.shells.sdk import Client
+from manifold.shells.sdk.connection import LOOK_S
 from manifold.tools.emulator.testing import TestCluster
 
 Start = Callable[..., TestCluster]
@@ -76,28 +78,31 @@ class Busy:
         assert not any(thread.is_alive() for thread in self._threads), "a job does not end"
 
 
-def test_a_cluster_grows_to_16_and_shrinks_to_4_while_jobs_run(manifold_clusters: Start) -> None:
+@pytest.mark.parametrize(("most", "clients"), [(16, 3), (64, 1)])
+def test_a_cluster_grows_and_shrinks_to_4_while_jobs_run(
+    manifold_clusters: Start, most: int, clients: int
+) -> None:
     cluster = manifold_clusters(4)
     until(lambda: voters(cluster), "there are voters")
-    busy = Busy(cluster, 3)
+    busy = Busy(cluster, clients)
     try:
-        added = cluster.add("rpi4", 8) + cluster.add("server", 4)
-        assert len(cluster.aliases) == 16
+        added = cluster.add("rpi4", most - 8) + cluster.add("server", 4)
+        assert len(cluster.aliases) == most
         before = busy.done
         until(lambda: busy.done > before + 3 or busy.wrong, "jobs go on")
         leaving = [alias for alias in cluster.aliases if alias not in added]
-        cluster.remove(*leaving)  # every first node, and so every voter
+        cluster.remove(*leaving, timeout_s=WAIT_S)  # every first node, and so every voter
         assert voters(cluster) <= set(added)
         assert len(voters(cluster)) == 3
-        cluster.remove(*added[:8])
-        assert sorted(cluster.aliases) == sorted(added[8:])
+        cluster.remove(*added[:-4], timeout_s=WAIT_S)
+        assert sorted(cluster.aliases) == sorted(added[-4:])
         assert voters(cluster) <= set(cluster.aliases)
         before = busy.done
         until(lambda: busy.done > before + 3 or busy.wrong, "jobs go on")
     finally:
         busy.stop()
     assert not busy.wrong
-    assert busy.done > 6
+    assert busy.done > 2 * clients
 
 
 def test_a_node_that_leaves_hands_its_job_over(manifold_clusters: Start) -> None:
@@ -116,6 +121,19 @@ def test_a_node_that_leaves_hands_its_job_over(manifold_clusters: Start) -> None
 
     until(ended, "somebody else ends it")
     assert asker.status(future.job).done == 2000
+
+
+def test_a_client_of_a_node_that_leaves_is_told_so_and_asks_another(
+    manifold_clusters: Start,
+) -> None:
+    cluster = manifold_clusters(3)
+    leaves = cluster.aliases[0]
+    client = cluster.client(leaves)
+    assert client.ask(GetNode()).alias == leaves
+    cluster.remove(leaves)
+    began_s = time.monotonic()
+    assert client.ask(GetNode()).alias in cluster.aliases
+    assert time.monotonic() - began_s < LOOK_S, "it has waited as for a node that may be busy"
 
 
 def test_a_node_that_leaves_is_gone_for_everybody_and_its_name_with_it(

@@ -41,6 +41,7 @@ from manifold.kernel.nexus.messages import (
     Sealed,
     Seek,
     SetVoters,
+    Stale,
     Tell,
     Watch,
 )
@@ -94,6 +95,9 @@ class Bench:
 
     def up(self, kid: Kid) -> None:
         self._carry_out(self.node.node_up(kid, self.now_ms))
+
+    def down(self, kid: Kid) -> None:
+        self._carry_out(self.node.node_down(kid, self.now_ms))
 
     def wait(self, for_ms: float) -> int:
         """How often it woke."""
@@ -174,6 +178,26 @@ def test_it_asks_for_voters_less_and_less_often_until_somebody_comes_up() -> Non
     bench.hear(KIDS[1], Tell(4, CONFIG))
     bench.wait(60_000.0)
     assert not bench.take(Seek) and bench.node.config == CONFIG
+
+
+def test_it_asks_who_votes_where_those_that_it_knows_of_have_left() -> None:
+    """Voters that leave have others vote; who is not told by then can ask none of them any more."""
+    bench = Bench()
+    other = kid_of(b"other")
+    for kid in (*KIDS, other):
+        bench.up(kid)
+    bench.down(KIDS[0])
+    bench.wait(60_000.0)
+    assert not bench.take(Seek), "a majority is there"
+    bench.down(KIDS[1])
+    bench.wait(ASK_MS + 1.0)
+    assert bench.take(Seek)
+    later = CONFIG.toward([Voter(other, 9)]).settled()
+    bench.hear(other, Tell(2, later))
+    assert bench.node.config == later
+    bench.take(Seek)
+    bench.wait(60_000.0)
+    assert not bench.take(Seek)
 
 
 def test_whoever_knows_the_voters_tells_them_and_the_others_are_silent() -> None:
@@ -408,6 +432,66 @@ def test_a_change_goes_on_where_nothing_came_between_or_the_same_was_done() -> N
     for kid in KIDS[:2]:
         bench.hear(kid, Sealed(seal.rid, seal.config.epoch, ()))
     assert bench.replies[0].status == "ok"
+
+
+def test_a_change_that_somebody_else_brings_further_is_read_again_at_once() -> None:
+    """Voters answer the newest epoch only: who repeats an older step would wait in vain."""
+    joint = CONFIG.toward(CONFIG.new[:2])
+    bench = Bench()
+    bench.ask(SetVoters(KIDS[:2], epoch=CONFIG.epoch))
+    journal(bench, joint)
+    seal = bench.take(Seal)[0]
+    bench.hear(KIDS[0], Stale(seal.rid, joint.settled(), 7))
+    while not any(isinstance(send.message, Read) for send in bench.sent):
+        assert bench.now_ms < 2_000.0, "it does not look again"
+        bench.wait(20.0)
+    journal(bench, joint.settled())
+    again = bench.take(Seal)[-1]
+    assert again.config == joint.settled()
+    for kid in KIDS[:2]:
+        bench.hear(kid, Sealed(again.rid, again.config.epoch, ()))
+    assert [answer.status for answer in bench.replies] == ["ok"]
+
+
+def seen_half_done(bench: Bench) -> float:
+    """How long after it has first read a joint configuration it goes on with it, in seconds."""
+    joint = CONFIG.toward(CONFIG.new[:2])
+    bench.hear(KIDS[0], Tell(5, joint))
+    bench.sent.clear()
+    found_ms: list[float] = []
+    while not any(isinstance(send.message, Seal) for send in bench.sent):
+        assert bench.now_ms < 300_000.0, "it never goes on"
+        if any(isinstance(send.message, Read) for send in bench.sent):
+            found_ms.append(bench.now_ms)
+            journal(bench, joint)
+        else:
+            bench.sent.clear()
+            bench.wait(5.0)
+    return (bench.now_ms - found_ms[0]) / 1000
+
+
+def test_who_finds_a_change_half_done_takes_turns_with_the_others() -> None:
+    """Else all of them write every key again at once, and on a busy host none comes to an end."""
+    alone, last = Bench(), Bench()
+    assert seen_half_done(alone) < 1.0
+    for kid in KIDS:
+        last.up(kid)
+    assert 35.0 <= seen_half_done(last) < 50.0  # three voters before it: 5 s * (2^3 - 1)
+
+
+def test_everybody_who_is_up_is_told_who_votes_now() -> None:
+    bench = Bench()
+    others = {kid_of(b"one"), kid_of(b"two")}
+    for kid in (*KIDS, *others):
+        bench.up(kid)
+    bench.ask(SetVoters(KIDS[:2], epoch=CONFIG.epoch))
+    settled = CONFIG.toward(CONFIG.new[:2]).settled()
+    journal(bench, settled)
+    seal = bench.take(Seal)[0]
+    for kid in KIDS[:2]:
+        bench.hear(kid, Sealed(seal.rid, settled.epoch, ()))
+    told = {send.to for send in bench.sent if send.message == Tell(send.message.rid, settled)}
+    assert told == {*KIDS, *others}
 
 
 def test_a_joint_configuration_stands_for_the_one_it_leads_to() -> None:

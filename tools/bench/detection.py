@@ -4,6 +4,9 @@ Sixteen nodes. One is stopped (SIGSTOP), which its supervisor does not notice: S
 Measured until the first node and until every node holds it for dead, against memberlist's formula;
 beside it a SIGKILL, of which the supervisor tells. Then for some time 30 % of each core is taken
 from the cluster by processes of a higher priority, in which nobody dies: every death told is false.
+
+Then the same two questions in the simulator, where hours are cheap: links that are cut one way,
+flap or lose messages. These figures say "simulated".
 """
 
 from __future__ import annotations
@@ -25,8 +28,16 @@ from manifold.kernel.config import Config
 from manifold.tools.bench.harness import Figure
 from manifold.tools.bench.scratch import COLLATZ, uniform
 from manifold.tools.emulator.testing import TestCluster
+from manifold.tools.simulator import bad_links
 
 NODES = 16
+EPISODES, EPISODES_QUICK = 6, 1  # of 10 minutes each
+KILLS, KILLS_QUICK = 20, 5
+QUICK_WEATHERS = (
+    "one-way cuts, three a node",
+    "one node unheard by all but one",
+    "half of links flap, 5 of 10 s",
+)
 GONE_S = 40.0  # the longest suspicion is 29 s
 LOOK_S = 0.05
 CALM_S = 3.0  # after the stopped one is back
@@ -203,6 +214,40 @@ def false_deaths(cluster: TestCluster, window_s: float, *, working: bool) -> Fig
     )  # fmt: skip
 
 
+# -- bad links, simulated -----------------------------------------------------------------------
+
+
+def simulated(scene: bad_links.Scene, episodes: int, kills: int, formula: float) -> Figure:
+    """False deaths by the node-hour in one weather, and how soon true ones are known in it."""
+    count = bad_links.watch(scene, episodes)
+    first, every = bad_links.detect(scene, kills)
+    stolen = f", {STEAL:.0%} stolen" if scene.stolen else ""
+    unseen = f"none seen: below {UNSEEN / count.node_hours:.2g} a node-hour (95 %)"
+    goal = None if scene.weather.beyond else bad_links.FALSE_DEATHS_PER_NODE_HOUR_MAX
+    return Figure(
+        f"simulated: false deaths, {scene.weather.name}{stolen}",
+        count.per_node_hour, goal, "lower", "a node-hour",
+        {"deaths told": count.deaths, "node hours": count.node_hours,
+         "suspicions a node-hour": count.suspicions / count.node_hours,
+         "messages a node and s": count.messages / count.node_hours / HOUR_S,
+         "a true death, first knows, median s": statistics.median(first),
+         "/ memberlist's formula": statistics.median(first) / formula,
+         "most s": first[-1], "all know, median s": statistics.median(every)},
+        "" if count.deaths else unseen,
+    )  # fmt: skip
+
+
+def behind_bad_links(quick: bool) -> list[Figure]:
+    formula = formula_s(Config(), NODES)
+    episodes, kills = (EPISODES_QUICK, KILLS_QUICK) if quick else (EPISODES, KILLS)
+    return [
+        simulated(bad_links.Scene(weather, NODES, stolen), episodes, kills, formula)
+        for stolen in ((False,) if quick else (False, True))
+        for weather in bad_links.WEATHERS
+        if not quick or weather.name in QUICK_WEATHERS
+    ]
+
+
 def run(quick: bool = False) -> list[Figure]:
     """Ratio to the formula; false deaths an hour, scaled from the time that was watched."""
     window_s = 20.0 if quick else 300.0
@@ -211,4 +256,4 @@ def run(quick: bool = False) -> list[Figure]:
         figures = detections(cluster, 3 if quick else 9)
         figures.append(false_deaths(cluster, window_s, working=False))
         figures.append(false_deaths(cluster, window_s, working=True))
-    return figures
+    return figures + behind_bad_links(quick)

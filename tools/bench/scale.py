@@ -4,6 +4,8 @@ Clusters of 16, 32, 64 and 128 nodes of one core, each beside as many bare proce
 forkserver starts with the same imports. When all nodes see each other they are counted and weighed,
 left alone for a while, and given a job whose result is known. The share of each of the host's
 limits that is used says what ends first; it grows in proportion to the nodes, but for the seconds.
+Then a cluster grows from 4 nodes to 64 (16 with `--quick`) and back while jobs run: none may be
+lost. None of the last four nodes is among the first.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ from pathlib import Path
 
 import psutil
 
+from manifold.kernel.errors import ManifoldError
+from manifold.shells.sdk import Client
 from manifold.tools.bench.boot import bare_forkserver, pss_bytes
 from manifold.tools.bench.harness import Figure
 from manifold.tools.bench.idle import cpu_s
-from manifold.tools.bench.scratch import COLLATZ, environment
+from manifold.tools.bench.scratch import COLLATZ, environment, uniform
 from manifold.tools.emulator.cluster import converge_s
 from manifold.tools.emulator.testing import TestCluster
 
@@ -33,6 +37,17 @@ SETTLE_S = 10.0  # news of the boot is still gossiped
 WINDOW_S = 20.0
 QUICK_WINDOW_S = 5.0
 NODE_MB_GOAL = 16.0
+LEAST, MOST, MOST_QUICK = 4, 64, 16  # nodes, of a cluster that grows and shrinks
+REMOVE_S = 120.0  # until others vote: a host with 64 nodes that work is overloaded
+# Emits its index after a pause: jobs of it take time, and leave the processor to the nodes.
+PAUSING = """
+.cells 1
+    SLEEP 0.01
+    LOAD 0
+    EMIT
+    HALT
+"""
+INDICES = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +204,61 @@ def figures(found: Measured) -> list[Figure]:
     ]  # fmt: skip
 
 
+class Jobs:
+    """Jobs one after the other, each with a known sum, until `stop`."""
+
+    def __init__(self, cluster: TestCluster) -> None:
+        self.done = 0
+        self.lost: list[str] = []
+        self._cluster = cluster
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._work)
+        self._thread.start()
+
+    def _work(self) -> None:
+        with Client(self._cluster.name, environ=self._cluster.environ) as client:
+            while not self._over.is_set():
+                try:
+                    found = client.parallel_for(PAUSING, 0, INDICES, reduce="sum")
+                except ManifoldError as error:
+                    self.lost.append(str(error))
+                    continue
+                if found != sum(range(INDICES)):
+                    self.lost.append(f"the sum was {found}")
+                self.done += 1
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+def growth(most: int) -> list[Figure]:
+    """From `LEAST` nodes to `most` and back, with jobs running throughout."""
+    with uniform(LEAST) as cluster:
+        first = list(cluster.aliases)
+        jobs = Jobs(cluster)
+        try:
+            began = time.perf_counter()
+            added = cluster.add("bench", most - LEAST)
+            grown_s = time.perf_counter() - began
+            began = time.perf_counter()
+            cluster.remove(*first, *added[:-LEAST], timeout_s=REMOVE_S)
+            shrunk_s = time.perf_counter() - began
+            assert sorted(cluster.aliases) == sorted(added[-LEAST:]), cluster.aliases
+        finally:
+            jobs.stop()
+    return [
+        Figure(f"growth {LEAST} to {most} to {LEAST}, jobs lost", len(jobs.lost), 0.0, "lower", "",
+               {"jobs done": jobs.done, "up s": grown_s, "down s": shrunk_s},
+               "; ".join(jobs.lost[:3])),
+        Figure(f"growth {LEAST} to {most}", grown_s, None, "lower", "s"),
+        Figure(f"growth {most} to {LEAST}", shrunk_s, None, "lower", "s"),
+    ]  # fmt: skip
+
+
 def run(quick: bool = False) -> list[Figure]:
-    """Of each size, with the host's limits."""
+    """Of each size, with the host's limits; then of one that grows and shrinks."""
     window_s = QUICK_WINDOW_S if quick else WINDOW_S
     sizes = QUICK_SIZES if quick else SIZES
-    return [figure for nodes in sizes for figure in figures(measure(nodes, window_s))]
+    found = [figure for nodes in sizes for figure in figures(measure(nodes, window_s))]
+    return found + growth(MOST_QUICK if quick else MOST)

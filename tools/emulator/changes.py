@@ -26,7 +26,8 @@ from manifold.vm.kid import Kid
 DRAIN_S = 10.0  # what a node has to hand over takes less, but for calls that take long
 COME_S = 30.0  # a node that is forked joins within a second; on a host that is overloaded, in this
 SLOW_MIN = 0.01  # as little as a class may have: below, a slice of 5 ms takes half a second
-SETTLE_S = 25.0  # the four tries of 5 s that the node makes, and then some
+ASK_S = 5.0  # to ask who votes
+ANSWER_S = 5.0  # beyond the time that a node has to have others vote, until it says so
 
 
 class Changes:
@@ -46,7 +47,7 @@ class Changes:
             case m.AddNodes(kind=kind, count=count, labels=labels):
                 aliases = tuple(await self.add(kind, count, labels))
             case m.RemoveNodes(aliases=aliases, force=force):
-                await self.remove(aliases, force=force)
+                await self.remove(aliases, force=force, timeout_s=request.timeout_s)
             case m.KillNode(alias=alias, stay_down=stay_down, force=force):
                 await self.kill(alias, stay_down=stay_down, force=force)
             case m.StartNode(alias=alias):
@@ -90,11 +91,16 @@ class Changes:
             return [alias for alias in aliases if alias not in supervisor.failing]
 
     async def remove(
-        self, aliases: Sequence[str], *, force: bool = False, drain_s: float = DRAIN_S
+        self,
+        aliases: Sequence[str],
+        *,
+        force: bool = False,
+        drain_s: float = DRAIN_S,
+        timeout_s: float = m.SETTLE_S,
     ) -> None:
         """Let them leave well: others vote, compute and own what they did. They are gone then.
 
-        `force`: also where nobody can vote in their place.
+        `force`: also where nobody can vote in their place; `timeout_s`: until that is given up.
         """
         async with self._one:
             leaving = [self._node(alias) for alias in dict.fromkeys(aliases)]
@@ -107,7 +113,7 @@ class Changes:
             for node in leaving:
                 self._supervisor.signal(node, resume=True)  # D3
             if not force:
-                await self._settle(leaving, staying)
+                await self._settle(leaving, staying, timeout_s)
             for node in leaving:
                 node.leaving = True
             late_s = asyncio.get_running_loop().time() + drain_s + STOP_S
@@ -117,25 +123,33 @@ class Changes:
                 await self._supervisor.gone(node, late_s)
                 await self._supervisor.dismiss(node)
 
-    async def _settle(self, leaving: Sequence[Watched], staying: Sequence[Watched]) -> None:
+    async def _settle(
+        self, leaving: Sequence[Watched], staying: Sequence[Watched], timeout_s: float
+    ) -> None:
         """D2."""
-        found = await self._ask_voters(staying, tuple(kid for n in leaving if (kid := n.kid)))
+        kids = tuple(kid for n in leaving if (kid := n.kid))
+        found = await self._ask_voters(staying, kids, timeout_s)
         if not found.ok:
             raise Refused(
                 f"Others would have to vote instead, and that was not agreed: {found.why}",
-                "Wait until every voter answers (`manifold nexus status`), or add --force.",
+                "Wait until every voter answers (`manifold nexus status`), give it longer by "
+                "--timeout, or add --force.",
             )
 
     async def _ask_voters(
-        self, of: Sequence[Watched], leaving: tuple[Kid, ...] = ()
+        self,
+        of: Sequence[Watched],
+        leaving: tuple[Kid, ...] = (),
+        timeout_s: float = m.SETTLE_S,
     ) -> VotersSettled:
         asked = next((n for n in of if n.well and not n.paused), None)
         if asked is None:
             return VotersSettled(0, False, why="no other node is up.")
         self._number += 1
-        answer = self._supervisor.ask_voters(asked, SettleVoters(self._number, leaving))
+        wish = SettleVoters(self._number, leaving, timeout_s * 1000)
+        answer = self._supervisor.ask_voters(asked, wish)
         try:
-            async with asyncio.timeout(SETTLE_S):
+            async with asyncio.timeout(timeout_s + ANSWER_S):
                 return await answer
         except TimeoutError:
             return VotersSettled(0, False, why=f"{asked.spec.alias} did not answer.")
@@ -209,7 +223,8 @@ class Changes:
         """Whether most voters would still answer; agents beside this cluster count as well."""
         if not node.well:
             return
-        found = await self._ask_voters([n for n in self._supervisor.nodes.values() if n.well])
+        well = [n for n in self._supervisor.nodes.values() if n.well]
+        found = await self._ask_voters(well, timeout_s=ASK_S)
         ours = {n.kid: n for n in self._supervisor.nodes.values()}
         if node.kid not in found.voters:
             return

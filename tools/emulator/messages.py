@@ -15,6 +15,9 @@ from manifold.kernel import labels
 from manifold.kernel.hyperbus.messages import Failure
 from manifold.kernel.limits import ALIAS_CHARS_MAX, CLASS_NAME_CHARS_MAX, NODES_MAX
 
+SETTLE_S = 30.0  # until others vote: some ms, and on a host that is overloaded seconds
+SETTLE_S_MAX = 240.0  # with draining less than control.ANSWER_S, after which nobody listens
+
 Alias = Annotated[str, Meta(min_length=1, max_length=ALIAS_CHARS_MAX)]
 LABEL_CHARS_MAX = labels.KEY_CHARS_MAX + 1 + labels.VALUE_CHARS_MAX
 Label = Annotated[str, Meta(min_length=1, max_length=LABEL_CHARS_MAX)]
@@ -32,10 +35,14 @@ class AddNodes(msgspec.Struct, frozen=True, array_like=True, tag="e.add"):
 
 
 class RemoveNodes(msgspec.Struct, frozen=True, array_like=True, tag="e.remove"):
-    """They leave well. `force`: also where nobody can vote in their place."""
+    """They leave well. `force`: also where nobody can vote in their place.
+
+    `timeout_s`: how long it is tried to have others vote.
+    """
 
     aliases: Annotated[Aliases, Meta(min_length=1)]
     force: bool = False
+    timeout_s: Annotated[float, Meta(gt=0, le=SETTLE_S_MAX)] = SETTLE_S
 
 
 class KillNode(msgspec.Struct, frozen=True, array_like=True, tag="e.kill"):

@@ -81,16 +81,29 @@ def add(
     "aliases", nargs=-1, required=True, metavar="ALIAS…", shell_complete=completing.aliases
 )
 @click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=Finite(0.0, m.SETTLE_S_MAX, min_open=True),
+    default=m.SETTLE_S,
+    show_default=True,
+    help="Seconds to go on trying that others vote in their place.",
+)
 @force_option
 @json_option
 @click.pass_context
 def remove(
-    context: click.Context, aliases: tuple[str, ...], yes: bool, force: bool, as_json: bool
+    context: click.Context,
+    aliases: tuple[str, ...],
+    yes: bool,
+    timeout_s: float,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Let nodes leave well: what they compute, own and vote on is handed over first."""
     if not yes and sys.stdin.isatty() and not as_json:
         click.confirm(f"Remove {_some(aliases)} from {cluster_name(context)!r}?", abort=True)
-    done = _ask(context, m.RemoveNodes(aliases, force))
+    done = _ask(context, m.RemoveNodes(aliases, force, timeout_s))
     verb = "has" if len(done.aliases) == 1 else "have"
     left = f"{done.nodes} node{'s' * (done.nodes != 1)} now"
     _tell(done, f"{_some(done.aliases)} {verb} left: {left}", as_json)

@@ -32,6 +32,7 @@ from manifold.shells.sdk.client import Client
 from manifold.tools.emulator import cluster, orders
 from manifold.tools.emulator.changes import Changes
 from manifold.tools.emulator.cluster import CONVERGE_S, converge_s
+from manifold.tools.emulator.messages import SETTLE_S
 from manifold.tools.emulator.supervisor import BACKOFF_S_MIN, Supervisor, Watched
 
 COMMAND_S = 60.0  # a `manifold` command that a test waits for
@@ -189,12 +190,13 @@ class TestCluster:
         self.note(" ".join(filter(None, (f"add {count}", kind, *labels))))
         return self._call(self._changes.add(kind, count, labels))
 
-    def remove(self, *nodes: Node, force: bool = False) -> None:
-        """Let nodes leave well; returns once their processes have ended."""
+    def remove(self, *nodes: Node, force: bool = False, timeout_s: float = SETTLE_S) -> None:
+        """Let nodes leave well; returns once their processes have ended. `timeout_s`: for how long
+        it is tried that others vote in their place, if they do."""
         self._refuse_shared()
         aliases = [self.alias(node) for node in nodes]
         self.note(f"remove {', '.join(aliases)}")
-        self._call(self._changes.remove(aliases, force=force))
+        self._call(self._changes.remove(aliases, force=force, timeout_s=timeout_s))
 
     def _refuse_shared(self) -> None:
         if self.shared:

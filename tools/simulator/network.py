@@ -1,8 +1,8 @@
 """The network between the nodes: loss, duplicates, order, delay, cuts, partitions, clogs.
 
 `routes` says after how many milliseconds each copy of a message arrives: none for a lost one.
-Cuts are one-way and end by themselves. A clogged node's messages wait, in both directions, and
-arrive in a random order once it is free.
+Cuts are one-way and end by themselves. A link that flaps is up and down by turns. A clogged node's
+messages wait, in both directions, and arrive in a random order once it is free.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Network:
         self._cuts: dict[tuple[int, int], float] = {}
         self._sides: list[tuple[list[bool], float]] = []
         self._clogs: dict[int, tuple[float, float]] = {}
+        self._flaps: dict[tuple[int, int], tuple[float, float, float]] = {}
         self.faulty = False
         self.sent = 0
         self.delivered = 0
@@ -34,6 +35,13 @@ class Network:
     def cut(self, source: int, target: int, until_ms: float) -> None:
         """Nothing gets from `source` to `target`; the other direction works."""
         self._cuts[(source, target)] = until_ms
+
+    def flap(
+        self, source: int, target: int, period_ms: float, down_ms: float, phase_ms: float = 0.0
+    ) -> None:
+        """Of each `period_ms` nothing gets from `source` to `target` for `down_ms`."""
+        assert 0 <= down_ms <= period_ms and period_ms > 0, "a part of the period"
+        self._flaps[(source, target)] = (period_ms, down_ms, phase_ms)
 
     def partition(self, side: Sequence[int], until_ms: float) -> None:
         """Nothing passes between `side` and the rest."""
@@ -51,6 +59,7 @@ class Network:
         self._cuts.clear()
         self._sides.clear()
         self._clogs.clear()
+        self._flaps.clear()
 
     def routes(self, source: int, target: int, now_ms: float) -> tuple[float, ...]:
         self.sent += 1
@@ -59,6 +68,11 @@ class Network:
         if (self._cuts or self._sides) and self._broken(source, target, now_ms):
             self.lost += 1
             return ()
+        if self._flaps and (source, target) in self._flaps:
+            period_ms, down_ms, phase_ms = self._flaps[(source, target)]
+            if (now_ms + phase_ms) % period_ms < down_ms:
+                self.lost += 1
+                return ()
         faults = self._faults
         low, high = faults.delay
         random = self._random.random
