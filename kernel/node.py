@@ -22,6 +22,7 @@ from random import Random, SystemRandom
 from typing import Any
 
 from manifold.kernel import durable, identity, places, traces
+from manifold.kernel.addressing import Addressing
 from manifold.kernel.clock import Clock
 from manifold.kernel.consulting import Consulting
 from manifold.kernel.core import NEXUS_REQUESTS, REQUESTS, Core
@@ -153,6 +154,7 @@ class Node:
             self.identity.kid, self.boot, spec.config.cluster, DECODER, self._arrived,
             alias=spec.alias, tcp=bool(spec.line),
         )  # fmt: skip
+        self.addressing = Addressing(self.bus, self.core.membership.get)
         self.memory = memory.Memory(spec.alias, spec.memory_bytes, spec.memory_cgroup, os.getppid())
         ends = (spec.config.tasks.grace_ms, self, self.memory)
         self.pool = Pool(spec.zygote, self._worker_spec(), *ends)
@@ -344,7 +346,8 @@ class Node:
                 self.bus.reply(incoming, status)
                 return
         try:
-            self.bus.send(effect.to, effect.message, effect.plane)
+            to = self.addressing.of(effect.to, effect.message)
+            self.bus.send(to, effect.message, effect.plane)
         except Unavailable:
             self.bus.counters["sends_dropped"] += 1  # its protocol will try again
 
@@ -475,14 +478,7 @@ class Node:
         if member.kid == self.identity.kid:
             return
         self.calls.member_changed(member)
-        if member.state in (State.ALIVE, State.SUSPECT):
-            if member.meta.addresses:
-                try:
-                    self.bus.learn(member.kid, member.meta.addresses[0])
-                except Unavailable as error:
-                    log.warning("%s stays out of reach: %s", member.meta.alias, error)
-        else:
-            self.bus.forget(member.kid)
+        self.addressing.learn(member)
 
     def tell_agreed(self) -> None:
         self._control.post(Agreed())

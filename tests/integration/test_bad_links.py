@@ -78,3 +78,23 @@ def test_bad_links_bury_nobody_and_hide_nobody_who_stands_still(
         known = dead_at(beliefs(cluster, stopped_s), victim)
     cluster.heal()
     cluster.wait_converged()
+
+
+def test_halves_that_have_buried_each_other_meet_again_with_all_that_came_later(
+    manifold_clusters: Start,
+) -> None:
+    """Nobody has the address of a node that was added but from hearing of it while it lived."""
+    cluster = manifold_clusters(4, overrides=FAST)
+    added = cluster.add(count=2)
+    first, *others = (alias for alias in cluster.aliases if alias not in added)
+    halves = [first, others[1], *added], [others[0], others[2]]
+    clients = [cluster.client(half[0]) for half in halves]
+    cluster.partition(*halves)
+    deadline_s = time.monotonic() + FOUND_S
+    for client, half in zip(clients, halves, strict=True):
+        while {node.alias for node in client.nodes() if node.state == "ready"} != set(half):
+            assert time.monotonic() < deadline_s, f"{half[0]} holds others for alive"
+            hold(0.1)
+    hold(HOLD_S)
+    cluster.heal()
+    cluster.wait_converged()
