@@ -17,6 +17,7 @@ import pytest
 
 from manifold.kernel import messages as m
 from manifold.kernel import places
+from manifold.kernel.nexus.messages import GetNexus
 from manifold.kernel.process import throttle
 from manifold.shells.sdk import Client
 from manifold.tools.emulator import record
@@ -371,6 +372,29 @@ def test_an_agent_joins_computes_and_leaves(place: Place) -> None:
     until(lambda: aliases(place).get("guest-01") in (None, "left"), "it has left", 10)
     assert not list(place.runtime.glob("*guest-01*"))
     assert list(aliases(place).values()).count("ready") == 2
+
+
+def test_an_agent_takes_the_voters_there_are_and_hands_over_its_jobs(place: Place) -> None:
+    """Voters of its own would be a second cluster, which knows nothing of what was agreed."""
+    place.up("--nodes", "2")
+    with Client(place.name, environ=place.environment) as client:
+        client.globals["x"] = 7
+        voters = client.ask(GetNexus()).voters
+        with foreground(place.environment, "agent", "--alias", "guest-01") as agent:
+            expect(agent, "node guest-01")
+            until(lambda: aliases(place).get("guest-01") == "ready", "it has joined")
+            with Client(place.name, node="guest-01", environ=place.environment) as guest:
+                until(lambda: guest.ask(GetNexus()).known, "it knows who votes")
+                assert guest.ask(GetNexus()).voters == client.ask(GetNexus()).voters == voters
+                assert guest.globals["x"] == 7
+                counter = Path(__file__).parents[2] / "examples" / "counter.ent"
+                job = guest.job(counter, 0, 2000, reduce="count", detach=True).job
+                until(lambda: guest.status(job).done > 0, "some of it is done")
+                assert guest.status(job).owner == kid_of(place, "guest-01")
+            os.killpg(agent.pid, signal.SIGTERM)
+            expect(agent, "node guest-01 has left")
+        until(lambda: client.status(job).state == "done", "another node went on with it", 60)
+        assert client.globals["counter"] == 2000
 
 
 def test_an_agent_has_the_labels_it_is_given(place: Place) -> None:

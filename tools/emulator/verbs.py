@@ -18,6 +18,7 @@ import click
 from manifold.kernel import places
 from manifold.kernel.config import PROFILES, Config, load
 from manifold.kernel.errors import ManifoldError, NoCluster, Refused, Unavailable
+from manifold.kernel.messages import Drain
 from manifold.kernel.process.remains import answers
 from manifold.shells.verbs.common import (
     cluster_name,
@@ -27,8 +28,9 @@ from manifold.shells.verbs.common import (
     print_json,
 )
 from manifold.tools.emulator import cluster, owned, record
+from manifold.tools.emulator.changes import DRAIN_S
 from manifold.tools.emulator.members import node_spec
-from manifold.tools.emulator.supervisor import Supervisor
+from manifold.tools.emulator.supervisor import STOP_S, Supervisor
 from manifold.vm.version import VERSION
 
 
@@ -283,7 +285,8 @@ def agent(
     labels: tuple[str, ...],
 ) -> int:
     """Run one node in the foreground, joining whatever nodes of the cluster are here."""
-    config = _config(context, file, sets)
+    # Who votes is the others' business: voters of its own would be another cluster's.
+    config = _config(context, file, (*sets, "nexus.voters=off"))
     kinds = {kind.name: kind for kind in config.classes}
     kind = kinds.get(kind_name) if kind_name else config.classes[0]
     if kind is None:
@@ -318,7 +321,21 @@ async def _agent(config: Config, alias: str, kind: Any, labels: tuple[str, ...])
         await supervisor.start()
         click.echo(f"node {alias} ({kind.name}) of cluster {config.cluster!r}; Ctrl-C ends it")
         await stopped.wait()
+        stopped.clear()
+        await _hand_over(supervisor, stopped)
     finally:
         await supervisor.stop()
     click.echo(f"node {alias} has left")
     return 0
+
+
+async def _hand_over(supervisor: Supervisor, again: asyncio.Event) -> None:
+    """What its node has goes to others, as far as that is done in time; `again`: end at once."""
+    (node,) = supervisor.nodes.values()
+    node.leaving = True
+    supervisor.tell(node, Drain(DRAIN_S * 1000))
+    late_s = asyncio.get_running_loop().time() + DRAIN_S + STOP_S
+    waits = {asyncio.ensure_future(each) for each in (supervisor.gone(node, late_s), again.wait())}
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for each in waits:
+        each.cancel()
