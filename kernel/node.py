@@ -141,7 +141,6 @@ class Node:
         self.commits = disk.Commits(
             folder / disk.FOLDER, files, opened, records, self.loop, self.perform,
             self._voter_stopped, lambda: self.bus.flush(),
-            lambda: self.core.nexus.operations,
         )  # fmt: skip
         self.labelling = Labelling(self, folder, spec.labels)
         self.core = Core(
