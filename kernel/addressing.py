@@ -1,7 +1,7 @@
 """Where other nodes are reached: what membership tells, for the bus.
 
-Interface rules: `learn` takes each news of a member before anything is sent with it; `of` says
-where a message is to go. The bus keeps a line to each node that is held for alive. Of one that is
+Interface rules: `learn` takes each news of a member before anything is sent with it; `send_anyway`
+what the bus has refused to send. The bus keeps a line to each node that is held for alive. Of one that is
 held for dead it keeps nothing; what membership itself sends to it goes to its last address, as to a
 seed: else two halves that have buried each other could not meet again, and whoever was believed
 dead by hearsay could neither be answered nor proved alive.
@@ -40,9 +40,15 @@ class Addressing:
             except Unavailable as error:
                 log.warning("%s stays out of reach: %s", member.meta.alias, error)
 
-    def of(self, to: str, message: Any) -> str:
-        """`to`, or the address that the bus does not know of it."""
+    def send_anyway(self, to: str, message: Any) -> bool:
+        """What the bus refused to send, to the last address of who has no line; whether it left."""
         if self._bus.knows(to) or type(message) not in _TO_ANYBODY:
-            return to
+            return False
         member = self._known(Kid(to))
-        return member.meta.addresses[0] if member is not None and member.meta.addresses else to
+        if member is None or not member.meta.addresses:
+            return False
+        try:
+            self._bus.send(member.meta.addresses[0], message)
+        except Unavailable:
+            return False
+        return True

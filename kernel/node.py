@@ -345,10 +345,10 @@ class Node:
                 self.bus.reply(incoming, status)
                 return
         try:
-            to = self.addressing.of(effect.to, effect.message)
-            self.bus.send(to, effect.message, effect.plane)
+            self.bus.send(effect.to, effect.message, effect.plane)
         except Unavailable:
-            self.bus.counters["sends_dropped"] += 1  # its protocol will try again
+            if not self.addressing.send_anyway(effect.to, effect.message):
+                self.bus.counters["sends_dropped"] += 1  # its protocol will try again
 
     def run(self, coroutine: Any) -> None:
         """Run a coroutine of ours to its end; its exception is a bug like any other."""
