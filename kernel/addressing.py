@@ -1,10 +1,10 @@
 """Where other nodes are reached: what membership tells, for the bus.
 
 Interface rules: `learn` takes each news of a member before anything is sent with it; `send_anyway`
-what the bus has refused to send. The bus keeps a line to each node that is held for alive. Of one that is
-held for dead it keeps nothing; what membership itself sends to it goes to its last address, as to a
-seed: else two halves that have buried each other could not meet again, and whoever was believed
-dead by hearsay could neither be answered nor proved alive.
+what the bus has refused to send. The bus keeps a line to each node that is held for alive. Of one
+that is held for dead it keeps nothing; what membership itself sends to it goes to its last address,
+as to a seed: else two halves that have buried each other could not meet again, and whoever was
+believed dead by hearsay could neither be answered nor proved alive.
 """
 
 from __future__ import annotations
