@@ -15,12 +15,12 @@ import pytest
 from manifold.kernel.effects import Effect
 from manifold.kernel.nexus import marks
 from manifold.kernel.nexus.marks import Book
-from manifold.kernel.nexus.messages import ClientChange, Dismiss, Initialise
+from manifold.kernel.nexus.messages import ClientChange, Dismiss
 from manifold.kernel.scheduler import keeper, takeover
 from manifold.kernel.scheduler.crowds import Crowds
 from manifold.kernel.scheduler.keeper import Keeper
 from manifold.kernel.scheduler.messages import JobEvent, JobSpec
-from manifold.tools.simulator.outbox import MEET_MS, NODES, VOTERS, Schedule, Submission
+from manifold.tools.simulator.outbox import NODES, VOTERS, Schedule, Submission
 from manifold.tools.simulator.workers import Program
 from manifold.tools.simulator.world import Node
 from manifold.vm.kid import kid_of
@@ -54,13 +54,7 @@ class Crowd(Schedule):
     def crowd(self) -> list[str]:
         """What was found."""
         world, random = self.world, self.random
-        self.writers.watch(world)
-        world.start_all()
-        world.run(MEET_MS)
-        kids = tuple(str(node.kid) for node in world.nodes[:VOTERS])
-        world.call(world.nodes[0], lambda core, now: core.consult(1, Initialise(kids), now))
-        world.run(MEET_MS)
-        world.network.faulty = True
+        self.meet()
         for submission in self.submissions:
             world.at(random.uniform(0, SPREAD_MS), self._submit, submission, self._home(), ())
         for _ in range(random.randint(0, 3)):

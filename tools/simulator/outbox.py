@@ -231,8 +231,9 @@ class Schedule:
 
     # -- what happens -------------------------------------------------------------------------
 
-    def run(self) -> Outcome:
-        world, random = self.world, self.random
+    def meet(self) -> None:
+        """All nodes are up and know who votes; from then on the network is a bad one."""
+        world = self.world
         self.writers.watch(world)
         world.start_all()
         world.run(MEET_MS)
@@ -240,6 +241,10 @@ class Schedule:
         world.call(world.nodes[0], lambda core, now: core.consult(1, Initialise(kids), now))
         world.run(MEET_MS)
         world.network.faulty = True
+
+    def run(self) -> Outcome:
+        world, random = self.world, self.random
+        self.meet()
         minority = [world.nodes[0], *random.sample(world.nodes[VOTERS:], random.randint(1, 2))]
         others = [node for node in world.nodes if node not in minority]
         home = random.choice(minority)
