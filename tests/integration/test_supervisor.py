@@ -21,6 +21,7 @@ from manifold.kernel.nexus.messages import GetNexus
 from manifold.kernel.process import throttle
 from manifold.shells.sdk import Client
 from manifold.tools.emulator import record
+from manifold.tools.emulator.changes import DRAIN_S
 from manifold.tools.emulator.testing import TestCluster
 
 Start = Callable[..., TestCluster]
@@ -395,6 +396,29 @@ def test_an_agent_takes_the_voters_there_are_and_hands_over_its_jobs(place: Plac
             expect(agent, "node guest-01 has left")
         until(lambda: client.status(job).state == "done", "another node went on with it", 60)
         assert client.globals["counter"] == 2000
+
+
+def test_an_agent_that_drains_ends_at_once_when_it_is_told_again(place: Place) -> None:
+    place.up("--nodes", "2")
+    with foreground(place.environment, "agent", "--alias", "guest-01", "--label", "cam") as agent:
+        expect(agent, "node guest-01")
+        until(lambda: aliases(place).get("guest-01") == "ready", "it has joined")
+        with Client(place.name, environ=place.environment) as client:
+            client.submit_where("cam", time.sleep, 60.0)  # nobody can go on with it elsewhere
+            log = places.state_dir(place.name, "guest-01", place.environment) / "node.log"
+            until(lambda: computes(client, "guest-01"), "it runs there")
+            os.kill(agent.pid, signal.SIGTERM)
+            until(lambda: "drains" in log.read_text(), "it drains")
+            told_s = time.monotonic()
+            os.kill(agent.pid, signal.SIGTERM)
+            expect(agent, "node guest-01 has left")
+            assert time.monotonic() - told_s < DRAIN_S / 2
+
+
+def computes(client: Client, alias: str) -> bool:
+    """Whether anything runs at a node."""
+    return any(node.alias == alias and node.load and node.load.free_slots < node.load.slots
+               for node in client.nodes())  # fmt: skip
 
 
 def test_an_agent_has_the_labels_it_is_given(place: Place) -> None:
